@@ -1,0 +1,1 @@
+"""DeviceClass and its registry: one file per kind of device."""

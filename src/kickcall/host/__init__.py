@@ -1,0 +1,1 @@
+"""This Linux host: processes, eventfds, other processes' memory. Knows no QEMU."""

@@ -1,0 +1,1 @@
+"""Real machines to break on purpose."""

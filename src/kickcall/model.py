@@ -1,0 +1,212 @@
+"""The nouns: what was seen of a machine, as plain frozen values.
+
+Every value is a snapshot. Nothing here reads, writes, waits or knows how it was obtained.
+Field names are the virtio specification's (1.4, chapter 2) and QEMU's.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class DeviceEvent(enum.StrEnum):
+    """An event that an admin raises on purpose on a device (QEMU RFC of 2021)."""
+
+    KICK = "kick"
+    """Driver to device: the available buffer notification (virtio 1.4, 2.9)."""
+    CALL = "call"
+    """Device to driver: the used buffer notification (virtio 1.4, 2.3)."""
+
+
+class Via(enum.StrEnum):
+    """The ways to inject an event, best first."""
+
+    QMP = "qmp"
+    EVENTFD = "eventfd"
+    IOPORT = "ioport"
+
+
+class Layout(enum.StrEnum):
+    """How a virtqueue lies in guest memory (virtio 1.4, 2.7 and 2.8)."""
+
+    SPLIT = "split"
+    PACKED = "packed"
+
+
+class BackendKind(enum.StrEnum):
+    """Who serves a queue."""
+
+    QEMU = "qemu"
+    VHOST_KERNEL = "vhost-kernel"
+    VHOST_USER = "vhost-user"
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorAddress:
+    """One QMP monitor of a VMM process.
+
+    `path` is where this process can open the socket, already resolved against the VMM's own
+    working directory and root; `written` is what the VMM's command line says.
+    """
+
+    path: str
+    written: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A running VM: one VMM process."""
+
+    pid: int
+    start_time: int
+    """Field 22 of /proc/PID/stat, in clock ticks since boot: tells a reused pid (proc(5))."""
+    name: str
+    """QEMU's `-name` (its `guest=` part), or `pid-N` where it has none."""
+    version: str
+    """QEMU's version as its monitor or its binary says it; empty where neither could be asked."""
+    monitors: tuple[MonitorAddress, ...]
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Notifier:
+    """One eventfd that carries kicks or calls of one queue."""
+
+    fd: int
+    """The descriptor's number in the VMM process."""
+    eventfd_id: int
+    """The kernel's id of the eventfd, the same in every process that holds it (Linux 5.2+)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotifierState:
+    """A notifier as /proc/PID/fdinfo/FD shows it."""
+
+    eventfd_id: int
+    count: int
+    flags: int
+    """Open file status flags, as in fcntl(2)."""
+    semaphore: bool | None = None
+    """EFD_SEMAPHORE; None on kernels that do not tell (before 6.5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that holds an eventfd open."""
+
+    pid: int
+    comm: str
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rings:
+    """Where a queue lies, as guest-physical addresses (bytes), and how many entries it has.
+
+    For a packed queue `avail` is the driver event suppression area and `used` the device event
+    suppression area, as in QEMU's VRing (virtio 1.4, 2.8.14).
+    """
+
+    desc: int
+    avail: int
+    used: int
+    num: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueMap:
+    """A queue whose notifiers were proved: what a write may be based on."""
+
+    index: int
+    rings: Rings
+    layout: Layout
+    kick: Notifier | None
+    call: Notifier | None
+    virtqueue_address: int
+    """Where the VMM keeps its `struct VirtQueue`, in the VMM's address space."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Something in the machine with queues."""
+
+    path: str
+    """QOM path, as `/machine/peripheral/vscsi0`."""
+    name: str
+    """virtio's device name in QEMU, as `virtio-blk` or `vhost-scsi`."""
+    backend: BackendKind
+    num_queues: int
+    """Queues that the device has, set up or not."""
+    features: frozenset[int]
+    """Bits that driver and device agreed on (virtio 1.4, 6)."""
+    status: int
+    """The device status register (virtio 1.4, 2.1)."""
+    vhost_started: bool
+    started: bool
+    bus: str = ""
+    interrupt: str = ""
+    """`msix`, `intx`, or empty where unknown."""
+
+    @property
+    def id(self) -> str:
+        """The id the user gave the device, or the last parts of its QOM path."""
+        prefix = "/machine/peripheral/"
+        if self.path.startswith(prefix):
+            return self.path[len(prefix) :].split("/", 1)[0]
+        return self.path.removeprefix("/machine/")
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """One look at one queue. None means: could not be known, and `notes` says why.
+
+    Split indices are the free-running 16-bit values in the ring. Packed positions are encoded as
+    the event areas encode them (virtio 1.4, 2.8.10): offset in bits 0 to 14, wrap counter in 15.
+    """
+
+    device: str
+    queue: int
+    layout: Layout
+    size: int
+    backend: BackendKind
+    avail_idx: int | None
+    used_idx: int | None
+    last_avail_idx: int | None
+    """How far the device has fetched; only a device in QEMU tells without being touched."""
+    outstanding: int | None
+    """Entries that the driver published and the device has not completed."""
+    avail_flags: int | None
+    used_flags: int | None
+    used_event: int | None
+    avail_event: int | None
+    kick: NotifierState | None
+    call: NotifierState | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """The three numbers an injection is judged by."""
+
+    count: int | None
+    avail_idx: int | None
+    used_idx: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """One event that was raised, or would be (`dry_run`)."""
+
+    machine: str
+    device: str
+    queue: int
+    event: DeviceEvent
+    via: Via
+    eventfd_id: int | None
+    before: Counters
+    after: Counters
+    dry_run: bool = False
+    target: str = ""
+    """What was written to, in words: `eventfd 1234 (fd 27)`, `I/O port 0xc010`."""

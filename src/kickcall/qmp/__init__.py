@@ -1,0 +1,1 @@
+"""The RFC's command on a QMP socket, for any QMP client."""

@@ -1,0 +1,1 @@
+"""Virtqueues as the virtio specification states them. Pure: bytes in, values out."""
