@@ -1,0 +1,149 @@
+"""Another process's memory, read without stopping it: what is mapped, what is present, bytes."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kickcall.errors import KickcallError, MachineGoneError, PrivilegeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_IOV_MAX = 1024  # limits.h; process_vm_readv(2) takes no more on either side
+_libc = ctypes.CDLL(None, use_errno=True)
+_readv = _libc.process_vm_readv
+_readv.restype = ctypes.c_ssize_t
+_readv.argtypes = [
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+]
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_size_t), ("len", ctypes.c_size_t))
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One line of /proc/PID/maps."""
+
+    start: int
+    end: int
+    permissions: str
+    inode: int
+    name: str
+
+    @property
+    def anonymous(self) -> bool:
+        """Private memory with no file behind it: where a program keeps its heap."""
+        return self.inode == 0 and self.permissions.endswith("p")
+
+
+def _refused(pid: int, exc: OSError) -> KickcallError:
+    if exc.errno in (errno.EPERM, errno.EACCES):
+        return PrivilegeError(
+            f"not permitted to read the memory of process {pid}: "
+            "run as root, or with CAP_SYS_PTRACE"
+        )
+    if exc.errno in (errno.ESRCH, errno.ENOENT):
+        return MachineGoneError(f"process {pid} ended")
+    return KickcallError(f"cannot read the memory of process {pid}: {exc.strerror}")
+
+
+def mappings(pid: int) -> list[Mapping]:
+    """Return what process `pid` has mapped, in ascending order."""
+    found = []
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as file:
+            for line in file:
+                parts = line.decode(errors="replace").split(None, 5)
+                start, _, end = parts[0].partition("-")
+                name = parts[5].rstrip("\n") if len(parts) > 5 else ""
+                found.append(
+                    Mapping(int(start, 16), int(end, 16), parts[1], int(parts[4]), name)
+                )
+    except OSError as exc:
+        raise _refused(pid, exc) from exc
+    return found
+
+
+def present_runs(pid: int, where: Sequence[Mapping]) -> Iterator[tuple[int, int]]:
+    """Yield the (start, end) address ranges in `where` that hold data, in RAM or in swap.
+
+    Reading a page that was never touched would make the kernel map one, so those are left out:
+    bits 63 (present) and 62 (swapped) of /proc/PID/pagemap (admin-guide/mm/pagemap.rst).
+    """
+    page = mmap.PAGESIZE
+    try:
+        pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise _refused(pid, exc) from exc
+    try:
+        for mapping in where:
+            count = (mapping.end - mapping.start) // page
+            raw = os.pread(pagemap, count * 8, mapping.start // page * 8)
+            begin = None
+            address = mapping.start
+            for entry in array.array("Q", raw[: len(raw) // 8 * 8]):
+                if entry >> 62:
+                    if begin is None:
+                        begin = address
+                elif begin is not None:
+                    yield begin, address
+                    begin = None
+                address += page
+            if begin is not None:
+                yield begin, address
+    finally:
+        os.close(pagemap)
+
+
+def read_many(pid: int, ranges: Sequence[tuple[int, int]]) -> list[bytes | None]:
+    """Read all (address, length) `ranges` of process `pid` in as few system calls as possible.
+
+    Returns the bytes of each range, or None for a range that is not mapped as a whole.
+    """
+    found: list[bytes | None] = []
+    while len(found) < len(ranges):
+        batch = ranges[len(found) : len(found) + _IOV_MAX]
+        found.extend(_read_batch(pid, batch))
+    return found
+
+
+def _read_batch(pid: int, ranges: Sequence[tuple[int, int]]) -> list[bytes | None]:
+    total = sum(length for _, length in ranges)
+    buffer = ctypes.create_string_buffer(max(total, 1))
+    local = _Iovec(ctypes.addressof(buffer), total)
+    remote = (_Iovec * len(ranges))(*ranges)
+    done = _readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0)
+    if done < 0:
+        code = ctypes.get_errno()
+        if code != errno.EFAULT:
+            raise _refused(pid, OSError(code, os.strerror(code)))
+        done = 0
+    found: list[bytes | None] = []
+    raw = memoryview(buffer)
+    offset = 0
+    for _, length in ranges:
+        if offset + length > done:
+            # The kernel stops at the first range it cannot read; the caller goes on behind it.
+            found.append(None)
+            break
+        found.append(bytes(raw[offset : offset + length]))
+        offset += length
+    return found
+
+
+def read(pid: int, address: int, length: int) -> bytes | None:
+    """Return `length` bytes at `address` of process `pid`, or None where that is not mapped."""
+    return read_many(pid, [(address, length)])[0]
