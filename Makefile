@@ -1,0 +1,48 @@
+# kickcall: from a fresh Debian or Ubuntu with Python, git and make.
+# Every target does its own set-up (scripts/setup.sh), which does nothing when all is there.
+
+SETUP  := scripts/setup.sh
+PYTHON := .venv/bin/python
+PYTEST_ARGS ?=
+SOURCES := $(wildcard src tests bench)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint docs bench setup clean
+
+help: ## say what can be made
+	@sed -n 's/^\([a-z]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | column -t -s '#'
+
+demo: ## lose a kick and a call on a real guest, and repair both
+	@$(SETUP) run lab
+	@.venv/bin/kickcall demo
+
+test: ## everything: lint, types, unit tests, tests on real QEMU
+	@$(SETUP) dev lab rigs
+	@$(MAKE) --no-print-directory lint
+	$(PYTHON) -m pytest tests/unit tests/rig $(PYTEST_ARGS)
+
+check: ## what fits in a minute: lint, types, unit tests
+	@$(SETUP) dev
+	@$(MAKE) --no-print-directory lint
+	$(PYTHON) -m pytest tests/unit $(PYTEST_ARGS)
+
+lint:
+	@$(SETUP) dev
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy $(SOURCES)
+
+docs: ## the documentation into site/, warnings as errors
+	@$(SETUP) docs
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+bench: ## the numbers that must hold, as ratios
+	@$(SETUP) dev lab
+	$(PYTHON) -m pytest bench $(PYTEST_ARGS)
+
+setup: ## all that the other targets would set up
+	@$(SETUP) dev docs lab rigs
+
+clean: ## remove what was built and installed here (downloads stay cached)
+	rm -rf .venv site dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,166 @@
+#!/bin/sh
+# Makes this checkout ready to use, and does nothing where it is: scripts/setup.sh WHAT...
+#
+#   run    a virtual environment in .venv with kickcall in it
+#   dev    the same, with the linters and the test runner
+#   docs   the same, with what builds the documentation
+#   lab    the programs that boot lab guests (Debian packages)
+#   rigs   the programs that only the tests on real QEMU use (Debian packages)
+#
+# PYTHON names the interpreter to build the environment with (3.11 or newer).
+set -eu
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/sbin:/sbin # debootstrap lives there, and not every user's PATH does
+LOG=.cache/setup.log
+
+# What has to be there, and the Debian package that brings it: a command, or a file by its path.
+LAB='
+qemu-system-x86_64    qemu-system-x86
+qemu-storage-daemon   qemu-system-common
+qemu-storage-daemon   qemu-utils
+zstd                  zstd
+'
+RIGS='
+debootstrap           debootstrap
+socat                 socat
+nc                    netcat-openbsd
+gcc                   gcc
+/usr/include/stdio.h  libc6-dev
+'
+
+say() { echo "setup: $*"; }
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+present() {
+    case $1 in
+    /*) [ -e "$1" ] ;;
+    *) command -v "$1" >/dev/null 2>&1 ;;
+    esac
+}
+
+can_be_root() { [ "$(id -u)" -eq 0 ] || present sudo; }
+
+# Runs a command as root with its output kept in the log, which is shown when the command fails.
+logged() {
+    [ "$(id -u)" -eq 0 ] || set -- sudo "$@"
+    "$@" >"$LOG" 2>&1 </dev/null || {
+        tail -n 20 "$LOG" >&2
+        return 1
+    }
+}
+
+known_to_apt() {
+    for package; do
+        apt-cache show "$package" >/dev/null 2>&1 || return 1
+    done
+}
+
+update_apt() {
+    say "apt-get update"
+    logged apt-get -q update
+}
+
+install_packages() {
+    can_be_root || fail "root is needed, and there is no sudo. As root, run: apt-get install $*"
+    known_to_apt "$@" || update_apt
+    say "apt-get install $*"
+    set -- env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \
+        install --no-install-recommends "$@"
+    # A package list that is too old names files that the archive no longer has.
+    logged "$@" || { update_apt && logged "$@"; } ||
+        fail "apt-get could not install them; all that it said is in $LOG"
+}
+
+# Installs what the table in $1 names and this system has not.
+need_programs() {
+    missing=$(echo "$1" | while read -r program package; do
+        [ -z "$program" ] || present "$program" || echo "$package"
+    done | sort -u | tr '\n' ' ')
+    [ -n "$missing" ] || return 0
+    if present apt-get; then
+        # shellcheck disable=SC2086  # one word a package
+        install_packages $missing
+    else
+        fail "this is no Debian or Ubuntu, so nothing was installed. Please install what is in
+       Debian's packages: $missing"
+    fi
+}
+
+# The lab downloads its guest once, with apt-get, which has to know the archive for that.
+need_package_lists() {
+    cache=${KICKCALL_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/kickcall}
+    for guest in "$cache"/guest-*; do
+        [ -e "$guest" ] && return
+    done
+    present apt-get || return 0
+    known_to_apt busybox-static && return
+    { can_be_root && update_apt; } || say "going on without; the lab says so if it needs them"
+}
+
+find_python() {
+    for python in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$python"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed, and ${PYTHON:-python3} is" \
+        "$("${PYTHON:-python3}" --version 2>&1 | tail -n 1). Debian 12 and Ubuntu 24.04 have it;" \
+        "elsewhere name one: make PYTHON=/path/to/python3"
+}
+
+# Debian keeps ensurepip in a package of its own, one for each version of Python.
+need_venv_module() {
+    "$1" -c 'import ensurepip, venv' 2>/dev/null && return
+    package=$("$1" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+    present apt-get ||
+        fail "$1 has no venv module; please install it (on Debian: $package)"
+    install_packages "$package"
+}
+
+# Installs kickcall and the dependency groups named after the stamp $1, unless the stamp says that
+# it is done. It holds what the environment was made from: a touch or a pull changes nothing.
+need_environment() {
+    stamp=.venv/.kickcall-$1
+    shift
+    ready "$stamp" && return
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        python=$(find_python)
+        need_venv_module "$python"
+        say "virtual environment in .venv ($("$python" --version))"
+        "$python" -m venv --clear .venv
+    fi
+    say "pip install kickcall${1:+ and its group $1}"
+    # --group came with pip 25.1, and Debian's is older.
+    pip_install 'pip>=25.1'
+    pip_install -e . ${1:+--group "$1"}
+    made_from >"$stamp"
+}
+
+made_from() { echo "$(cksum <pyproject.toml) $PWD"; }
+ready() { [ -x .venv/bin/python ] && [ "$(cat "$1" 2>/dev/null)" = "$(made_from)" ]; }
+pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+
+[ $# -gt 0 ] || fail "say what: run, dev, docs, lab, rigs"
+mkdir -p .cache
+# Two makes at once must not write the same environment.
+if present flock; then
+    exec 9>.cache/setup.lock
+    flock 9
+fi
+for what; do
+    case $what in
+    run) ready .venv/.kickcall-dev || need_environment run ;;
+    dev) need_environment dev dev ;;
+    docs) need_environment docs docs ;;
+    lab)
+        need_programs "$LAB"
+        need_package_lists
+        ;;
+    rigs) need_programs "$RIGS" ;;
+    *) fail "nothing is called $what here: run, dev, docs, lab, rigs" ;;
+    esac
+done
