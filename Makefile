@@ -2,7 +2,7 @@
 # Every target does its own set-up (scripts/setup.sh), which does nothing when all is there.
 
 SETUP  := scripts/setup.sh
-PYTHON := .venv/bin/python
+PY     := .venv/bin/python
 PYTEST_ARGS ?=
 SOURCES := $(wildcard src tests bench)
 
@@ -10,7 +10,7 @@ SOURCES := $(wildcard src tests bench)
 .PHONY: help demo test check lint docs bench setup clean
 
 help: ## say what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | column -t -s '#'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## lose a kick and a call on a real guest, and repair both
 	@$(SETUP) run lab
@@ -19,26 +19,26 @@ demo: ## lose a kick and a call on a real guest, and repair both
 test: ## everything: lint, types, unit tests, tests on real QEMU
 	@$(SETUP) dev lab rigs
 	@$(MAKE) --no-print-directory lint
-	$(PYTHON) -m pytest tests/unit tests/rig $(PYTEST_ARGS)
+	$(PY) -m pytest tests/unit tests/rig $(PYTEST_ARGS)
 
 check: ## what fits in a minute: lint, types, unit tests
 	@$(SETUP) dev
 	@$(MAKE) --no-print-directory lint
-	$(PYTHON) -m pytest tests/unit $(PYTEST_ARGS)
+	$(PY) -m pytest tests/unit $(PYTEST_ARGS)
 
 lint:
 	@$(SETUP) dev
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy $(SOURCES)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy $(SOURCES)
 
 docs: ## the documentation into site/, warnings as errors
 	@$(SETUP) docs
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: ## the numbers that must hold, as ratios
 	@$(SETUP) dev lab
-	$(PYTHON) -m pytest bench $(PYTEST_ARGS)
+	$(PY) -m pytest bench $(PYTEST_ARGS)
 
 setup: ## all that the other targets would set up
 	@$(SETUP) dev docs lab rigs
