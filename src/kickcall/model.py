@@ -134,20 +134,29 @@ class Device:
 
     path: str
     """QOM path, as `/machine/peripheral/vscsi0`."""
-    name: str
-    """virtio's device name in QEMU, as `virtio-blk` or `vhost-scsi`."""
+    kind: str
+    """QOM type of the virtio device, as `virtio-blk-device`, `vhost-scsi` or `vhost-user-blk`."""
     backend: BackendKind
     num_queues: int
     """Queues that the device has, set up or not."""
-    features: frozenset[int]
-    """Bits that driver and device agreed on (virtio 1.4, 6)."""
-    status: int
-    """The device status register (virtio 1.4, 2.1)."""
+    features: frozenset[str]
+    """What driver and device agreed on, by QEMU's names, as `VIRTIO_RING_F_EVENT_IDX`."""
+    driver_ok: bool
+    """The driver finished its set-up (DRIVER_OK in the device status, virtio 1.4, 2.1)."""
+    broken: bool
+    """The device gave up on the driver (DEVICE_NEEDS_RESET, virtio 1.4, 2.1.2)."""
     vhost_started: bool
-    started: bool
-    bus: str = ""
-    interrupt: str = ""
-    """`msix`, `intx`, or empty where unknown."""
+    """A back-end outside QEMU serves the queues right now."""
+
+    @property
+    def layout(self) -> Layout:
+        """How the device's queues lie in memory."""
+        return Layout.PACKED if "VIRTIO_F_RING_PACKED" in self.features else Layout.SPLIT
+
+    @property
+    def event_idx(self) -> bool:
+        """Whether driver and device suppress notifications by index (VIRTIO_F_EVENT_IDX)."""
+        return "VIRTIO_RING_F_EVENT_IDX" in self.features
 
     @property
     def id(self) -> str:

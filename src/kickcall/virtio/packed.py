@@ -56,7 +56,7 @@ def parse_event(raw: bytes) -> EventArea:
 
 
 def available(flags: int, wrap: bool) -> bool:
-    """Tell whether a descriptor with `flags` is available at a position whose wrap counter is `wrap`.
+    """Tell whether a descriptor with `flags` is available where the wrap counter is `wrap`.
 
     AVAIL equals the driver's wrap counter, and USED does not (2.8.1).
     """

@@ -55,12 +55,3 @@ def outstanding(avail_idx: int, used_idx: int) -> int:
     a driver made.
     """
     return (avail_idx - used_idx) & 0xFFFF
-
-
-def need_event(event: int, new: int, old: int) -> bool:
-    """Tell whether moving an index from `old` to `new` passes `event` (`vring_need_event`, 2.7.7.2).
-
-    With `avail_event` and `avail.idx`: the driver owes a kick (2.7.13.4.1).
-    With `used_event` and `used.idx`: the device owes a call (2.7.14).
-    """
-    return ((new - event - 1) & 0xFFFF) < ((new - old) & 0xFFFF)

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
+
+from kickcall.errors import (
+    MonitorBusyError,
+    MonitorError,
+    MonitorGoneError,
+    MonitorTimeoutError,
+    QmpCommandError,
+)
+from kickcall.vmm.find import socket_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Coroutine, Iterator, Sequence
+
+_T = TypeVar("_T")
+
+CONNECT_TIMEOUT = 1.8
+"""Seconds until a monitor that does not greet counts as busy."""
+COMMAND_TIMEOUT = 10.0
+"""Seconds until an unanswered command means that QEMU's main loop is stuck."""
+_UNIX_PATH_MAX = 107  # sockaddr_un.sun_path, unix(7), less the closing NUL
+
+# qemu-qmp logs every failure that it also raises; nobody wants to read it twice.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
 class Monitor(Protocol):
     """One conversation with a VMM's QMP monitor. Calls block; they are safe from any thread."""
 
-    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
-        """Return what QEMU returns. Raises QmpCommandError, MonitorGoneError, MonitorTimeoutError."""
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Return what QEMU returns.
+
+        Raises QmpCommandError, MonitorGoneError or MonitorTimeoutError.
+        """
         ...
 
     def hmp(self, line: str) -> str:
@@ -21,4 +52,141 @@ class Monitor(Protocol):
         ...
 
 
-type_BorrowMonitor = "Callable[[], AbstractContextManager[Monitor]]"
+BorrowMonitor = Callable[[], AbstractContextManager[Monitor]]
+"""Opens a monitor for as long as the block lasts."""
+
+
+class QmpMonitor:
+    """A monitor on a QMP socket, by qemu-qmp, for callers without an event loop.
+
+    The library is asyncio; its loop runs in a thread of its own, so that this works in a REPL or
+    a notebook that already has one.
+    """
+
+    def __init__(self, path: str, timeout: float = CONNECT_TIMEOUT) -> None:
+        self.path = path
+        self._client = QMPClient("kickcall")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="kickcall-qmp", daemon=True
+        )
+        self._thread.start()
+        try:
+            self._connect(timeout)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _run(self, work: Coroutine[Any, Any, _T], timeout: float) -> _T:
+        async def bounded() -> _T:
+            return await asyncio.wait_for(work, timeout)
+
+        return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
+
+    def _connect(self, timeout: float) -> None:
+        path, folder = self.path, -1
+        address: str | tuple[str, int] = path
+        if path.startswith("tcp:"):
+            host, _, port = path.removeprefix("tcp:").rpartition(":")
+            address = (host, int(port))
+        elif path.startswith("@"):
+            address = "\0" + path[1:]
+        elif len(os.fsencode(path)) > _UNIX_PATH_MAX:
+            # A path through /proc/PID/root is easily longer than a socket address may be.
+            try:
+                folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
+            except OSError as exc:
+                raise socket_error(path, exc) from exc
+            address = f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+        try:
+            self._run(self._client.connect(address), timeout)
+        except TimeoutError as exc:
+            raise MonitorBusyError(
+                f"{path}: no greeting within {timeout:.1f} s: another client holds this monitor "
+                "(or QEMU's main loop is stuck)"
+            ) from exc
+        except QMPError as exc:
+            cause = exc.__cause__ or exc.__context__ or exc
+            if isinstance(cause, BlockingIOError):
+                raise MonitorBusyError(
+                    f"{path}: another client holds this monitor, and more are waiting for it"
+                ) from exc
+            if isinstance(cause, OSError) and not isinstance(cause, ConnectionResetError):
+                raise socket_error(path, cause) from exc
+            if isinstance(cause, (EOFError, ConnectionResetError)):
+                raise MonitorGoneError(f"{path}: the other side hung up at once") from exc
+            raise MonitorError(f"{path}: what answers there speaks no QMP: {exc}") from exc
+        finally:
+            if folder >= 0:
+                os.close(folder)
+
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Return what QEMU returns for `command`."""
+        try:
+            return self._run(
+                self._client.execute(command, dict(arguments) if arguments else None),
+                COMMAND_TIMEOUT,
+            )
+        except ExecuteError as exc:
+            raise QmpCommandError(
+                f"QEMU refused {command}: {exc.error.error.desc}", exc.error.error.class_
+            ) from exc
+        except TimeoutError as exc:
+            raise MonitorTimeoutError(
+                f"{self.path}: no answer to {command} within {COMMAND_TIMEOUT:.0f} s: "
+                "QEMU's main loop is stuck"
+            ) from exc
+        except (ExecInterruptedError, QMPError, OSError) as exc:
+            raise MonitorGoneError(f"{self.path}: the monitor went away during {command}") from exc
+
+    def hmp(self, line: str) -> str:
+        """Return what the human monitor prints for `line`."""
+        return str(self.execute("human-monitor-command", {"command-line": line}))
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def close(self) -> None:
+        """Leave the monitor to the next client."""
+        try:
+            self._run(self._client.disconnect(), 1.0)
+        except (QMPError, OSError, EOFError, TimeoutError):
+            pass  # it is gone, and that is all that was wanted
+        finally:
+            self._stop()
+
+
+def borrow(paths: Sequence[str], timeout: float = CONNECT_TIMEOUT) -> BorrowMonitor:
+    """Return what opens the first of the monitors at `paths` that is free.
+
+    All of them together are tried for at most `timeout` seconds.
+    """
+
+    @contextmanager
+    def borrowed() -> Iterator[Monitor]:
+        if not paths:
+            raise MonitorError(
+                "this QEMU has no QMP monitor (no -qmp, no -mon …,mode=control): kickcall needs one"
+            )
+        monitor = _open_first(paths, timeout)
+        try:
+            yield monitor
+        finally:
+            monitor.close()
+
+    return borrowed
+
+
+def _open_first(paths: Sequence[str], timeout: float) -> QmpMonitor:
+    deadline = time.monotonic() + timeout
+    failure: MonitorError | None = None
+    for index, path in enumerate(paths):
+        share = (deadline - time.monotonic()) / (len(paths) - index)
+        try:
+            return QmpMonitor(path, max(share, 0.1))
+        except MonitorError as exc:
+            failure = failure or exc
+    assert failure is not None
+    raise failure

@@ -1,0 +1,218 @@
+"""Which QEMU processes run on this host, what they are called, and where their monitors are."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import socket
+import struct
+from pathlib import Path
+
+from kickcall.errors import (
+    KickcallError,
+    MachineNotFoundError,
+    MonitorGoneError,
+    NotAVmmError,
+    PrivilegeError,
+)
+from kickcall.host.processes import pids, start_time
+from kickcall.model import Machine, MonitorAddress
+from kickcall.vmm import cmdline
+
+_BINARY = re.compile(r"(qemu-system-[\w-]+|qemu-kvm|qemu|kvm)(\s\(deleted\))?$")
+_VERSION = b"QEMU emulator version "  # softmmu/vl.c, version(): one literal with the number in it
+_VERSION_MAX = 200
+
+
+def find() -> list[Machine]:
+    """Return every QEMU that this /proc shows, by pid. Asks no monitor and disturbs nobody."""
+    return [machine for pid in pids() if (machine := inspect(pid)) is not None]
+
+
+def inspect(pid: int) -> Machine | None:
+    """Return what /proc says of process `pid`, or None where it is no QEMU (or gone)."""
+    proc = Path(f"/proc/{pid}")
+    try:
+        arguments = [
+            part.decode(errors="replace")
+            for part in (proc / "cmdline").read_bytes().removesuffix(b"\0").split(b"\0")
+        ]
+    except OSError:
+        return None
+    try:
+        binary = os.readlink(proc / "exe")
+    except PermissionError:
+        binary = arguments[0]  # another user's process: its name has to do
+    except OSError:
+        return None
+    started = start_time(pid)
+    if started is None or not _BINARY.fullmatch(os.path.basename(binary)):
+        return None
+    said = cmdline.parse(arguments)
+    monitors = tuple(address for spec in said.qmp if (address := _monitor(pid, spec)) is not None)
+    return Machine(
+        pid=pid,
+        start_time=started,
+        name=said.name or f"pid-{pid}",
+        version=_binary_version(pid),
+        monitors=monitors,
+        command=tuple(arguments),
+    )
+
+
+def _binary_version(pid: int) -> str:
+    """Return the version in the binary's text; empty where the binary cannot be read.
+
+    The binary is read, not run: it may be another user's, or of another root.
+    """
+    try:
+        with (
+            open(f"/proc/{pid}/exe", "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+        ):
+            at = text.find(_VERSION)
+            if at < 0:
+                return ""
+            raw = text[at + len(_VERSION) : at + len(_VERSION) + _VERSION_MAX]
+    except (OSError, ValueError):
+        return ""
+    return re.split(rb"[\n\0]", raw, maxsplit=1)[0].decode(errors="replace").strip()
+
+
+def _same_root(pid: int) -> bool:
+    try:
+        theirs, ours = os.stat(f"/proc/{pid}/root"), os.stat("/proc/self/root")
+        namespaces = [os.readlink(f"/proc/{who}/ns/mnt") for who in (pid, "self")]
+    except OSError:
+        return True
+    same = (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+    return same and namespaces[0] == namespaces[1]
+
+
+def _monitor(pid: int, spec: cmdline.SocketSpec) -> MonitorAddress | None:
+    if spec.tcp is not None:
+        written = f"tcp:{spec.tcp[0]}:{spec.tcp[1]}"
+        return MonitorAddress(written, written)
+    if spec.abstract is not None:
+        return MonitorAddress(f"@{spec.abstract}", f"@{spec.abstract}")
+    path = spec.path
+    if path is None and spec.fd is not None:
+        path = _path_of_socket(pid, spec.fd)
+    if path is None:
+        return None
+    return MonitorAddress(_as_seen_here(pid, path), path)
+
+
+def _as_seen_here(pid: int, path: str) -> str:
+    """Return where this process finds `path` of process `pid`: its own root and directory count."""
+    if not path.startswith("/"):
+        if not _same_root(pid):
+            return f"/proc/{pid}/cwd/{path}"
+        try:
+            return os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
+        except OSError:
+            return path
+    return path if _same_root(pid) else f"/proc/{pid}/root{path}"
+
+
+def _path_of_socket(pid: int, fd: int) -> str | None:
+    """Return the path that a socket handed to QEMU is bound to (/proc/PID/net/unix)."""
+    try:
+        link = os.readlink(f"/proc/{pid}/fd/{fd}")
+        lines = Path(f"/proc/{pid}/net/unix").read_text(errors="replace").splitlines()[1:]
+    except OSError:
+        return None
+    if not link.startswith("socket:["):
+        return None
+    inode = link[len("socket:[") : -1]
+    for line in lines:
+        parts = line.split(None, 7)
+        if len(parts) == 8 and parts[6] == inode:
+            return parts[7]
+    return None
+
+
+def peer_pid(path: str, timeout: float = 1.0) -> int:
+    """Return the pid of the process that listens on the unix socket at `path` (SO_PEERCRED).
+
+    The kernel records who called listen(2), so a connection alone tells, with nothing said.
+    Raises MonitorGoneError where nobody listens.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(timeout)
+        try:
+            probe.connect(path)
+        except (BlockingIOError, TimeoutError):
+            raise KickcallError(
+                f"{path}: the queue of waiting clients is full; somebody holds this monitor"
+            ) from None
+        except OSError as exc:
+            raise socket_error(path, exc) from exc
+        raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", raw)[0])
+
+
+def socket_error(path: str, exc: OSError) -> KickcallError:
+    """Return the error that tells an admin why the socket at `path` cannot be used."""
+    match exc.errno:
+        case errno.ENOENT:
+            return MonitorGoneError(f"{path}: no such socket")
+        case errno.ECONNREFUSED:
+            return MonitorGoneError(f"{path}: nobody listens on this socket (its QEMU has ended?)")
+        case errno.EACCES | errno.EPERM:
+            return PrivilegeError(
+                f"{path}: not permitted to connect: run as root or as the socket's owner"
+            )
+        case _:
+            return MonitorGoneError(f"{path}: cannot connect: {exc.strerror or exc}")
+
+
+def resolve(target: str | int) -> tuple[Machine, str | None]:
+    """Return the machine that `target` means, and the monitor's path where the target names one.
+
+    `target` is a name, a pid, or `qmp:PATH`. Raises MachineNotFoundError, NotAVmmError,
+    MonitorGoneError or PrivilegeError.
+    """
+    text = str(target)
+    if text.startswith("qmp:"):
+        return _resolve_socket(text.removeprefix("qmp:"))
+    if text.startswith("libvirt:"):
+        raise MachineNotFoundError(
+            f"{text}: libvirt domains cannot be attached by this version; use the domain's name"
+        )
+    named = [machine for machine in find() if machine.name == text]
+    if len(named) == 1:
+        return named[0], None
+    if named:
+        which = ", ".join(str(machine.pid) for machine in named)
+        raise MachineNotFoundError(f"{len(named)} machines are named {text!r}: use a pid ({which})")
+    if text.isdigit():
+        return _resolve_pid(int(text)), None
+    raise MachineNotFoundError(
+        f"no running QEMU is named {text!r}: `kickcall vms` lists those that run here"
+    )
+
+
+def _resolve_pid(pid: int) -> Machine:
+    machine = inspect(pid)
+    if machine is not None:
+        return machine
+    if not os.path.exists(f"/proc/{pid}"):
+        raise MachineNotFoundError(f"there is no process {pid}")
+    try:
+        binary = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        binary = "something that cannot be looked at"
+    raise NotAVmmError(f"process {pid} is no QEMU, it is {binary}")
+
+
+def _resolve_socket(path: str) -> tuple[Machine, str]:
+    from kickcall.vmm.served import machine_served_at
+
+    pid = machine_served_at(path) or peer_pid(path)
+    machine = inspect(pid)
+    if machine is None:
+        raise NotAVmmError(f"{path}: who listens there, process {pid}, is no QEMU")
+    return machine, path
