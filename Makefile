@@ -4,7 +4,7 @@
 SETUP  := scripts/setup.sh
 PY     := .venv/bin/python
 PYTEST_ARGS ?=
-SOURCES := $(wildcard src tests bench)
+SOURCES := src tests $(if $(wildcard bench/*.py),bench)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint docs bench setup clean

@@ -43,18 +43,15 @@ present() {
 
 can_be_root() { [ "$(id -u)" -eq 0 ] || present sudo; }
 
-# Runs a command as root with its output kept in the log, which is shown when the command fails.
+# Runs a command as root with its output kept in the log.
 logged() {
     [ "$(id -u)" -eq 0 ] || set -- sudo "$@"
-    "$@" >"$LOG" 2>&1 </dev/null || {
-        tail -n 20 "$LOG" >&2
-        return 1
-    }
+    "$@" >"$LOG" 2>&1 </dev/null
 }
 
 known_to_apt() {
     for package; do
-        apt-cache show "$package" >/dev/null 2>&1 || return 1
+        LC_ALL=C apt-cache policy "$package" 2>/dev/null | grep -q '^ *Candidate: [^(]' || return 1
     done
 }
 
@@ -70,8 +67,10 @@ install_packages() {
     set -- env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 \
         install --no-install-recommends "$@"
     # A package list that is too old names files that the archive no longer has.
-    logged "$@" || { update_apt && logged "$@"; } ||
+    logged "$@" || { update_apt && logged "$@"; } || {
+        tail -n 20 "$LOG" >&2
         fail "apt-get could not install them; all that it said is in $LOG"
+    }
 }
 
 # Installs what the table in $1 names and this system has not.
@@ -84,8 +83,8 @@ need_programs() {
         # shellcheck disable=SC2086  # one word a package
         install_packages $missing
     else
-        fail "this is no Debian or Ubuntu, so nothing was installed. Please install what is in
-       Debian's packages: $missing"
+        fail "no apt-get here, so nothing was installed. Please install what Debian has in its" \
+            "packages $missing"
     fi
 }
 
@@ -151,16 +150,18 @@ if present flock; then
     exec 9>.cache/setup.lock
     flock 9
 fi
+programs=
 for what; do
     case $what in
     run) ready .venv/.kickcall-dev || need_environment run ;;
     dev) need_environment dev dev ;;
     docs) need_environment docs docs ;;
-    lab)
-        need_programs "$LAB"
-        need_package_lists
-        ;;
-    rigs) need_programs "$RIGS" ;;
+    lab) programs="$programs$LAB" ;;
+    rigs) programs="$programs$RIGS" ;;
     *) fail "nothing is called $what here: run, dev, docs, lab, rigs" ;;
     esac
 done
+if [ -n "$programs" ]; then
+    need_programs "$programs"
+    need_package_lists
+fi
