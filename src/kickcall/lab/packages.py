@@ -1,0 +1,117 @@
+"""How does the lab get a kernel and a busybox without installing any package?
+
+An admin's boot menu is not ours to change: packages are downloaded and unpacked into the cache.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kickcall.errors import LabError
+from kickcall.lab.cache import built, run_tool, tool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kickcall.lab.cache import Tell
+
+_STALE_LISTS = "if the package lists are old or empty: apt-get update"
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """What the lab must know of a Debian relative to take a kernel from its archive."""
+
+    id: str
+    kernel_meta: str
+    """A package without files whose dependencies name today's kernel."""
+    kernel_part: str
+    """Which of the dependencies, and of theirs, are the kernel and its modules."""
+
+
+# Ubuntu splits the kernel: linux-image-*-generic has vmlinuz and depends on linux-modules-*.
+DISTRIBUTIONS = {
+    "debian": Distribution("debian", "linux-image-cloud-amd64", r"linux-image-\d\S*-cloud-amd64"),
+    "ubuntu": Distribution("ubuntu", "linux-image-virtual", r"linux-(image|modules)-\d\S*-generic"),
+}
+
+
+def distribution() -> Distribution:
+    """Return which archive this system's apt reads. Raises LabError elsewhere."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    for name in (release.get("ID", ""), *release.get("ID_LIKE", "").split()):
+        if name in DISTRIBUTIONS:
+            return DISTRIBUTIONS[name]
+    raise LabError(
+        "the lab takes its guest's kernel from Debian's or Ubuntu's archive, and this system is "
+        f"{release.get('PRETTY_NAME', 'neither')}: run the lab in a Debian container"
+    )
+
+
+def unpacked_kernel(tell: Tell) -> Path:
+    """Return a folder that holds boot/vmlinuz-* and lib/modules/*, from the cache or the net."""
+    source = distribution()
+    return built(f"kernel-{source.id}", lambda folder: _unpack_kernel(source, folder, tell))
+
+
+def unpacked_busybox(tell: Tell) -> Path:
+    """Return a folder that holds a static busybox somewhere in its bin folders."""
+    source = distribution()
+    return built(
+        f"busybox-{source.id}", lambda folder: download_unpacked(["busybox-static"], folder, tell)
+    )
+
+
+def download_unpacked(packages: Iterable[str], folder: Path, tell: Tell) -> None:
+    """Download packages of this system's archive and unpack them into one folder."""
+    apt, dpkg = tool("apt-get", "apt"), tool("dpkg", "dpkg")
+    names = list(packages)
+    tell(f"downloading {', '.join(names)}")
+    with tempfile.TemporaryDirectory(prefix="kickcall-deb-") as downloads:
+        # As root apt would download as user _apt, who may not write to this folder.
+        run_tool(
+            [apt, "download", "-q", "-o", "APT::Sandbox::User=root", *names],
+            doing=f"downloading {', '.join(names)}",
+            hint=_STALE_LISTS,
+            cwd=Path(downloads),
+        )
+        for package in sorted(Path(downloads).glob("*.deb")):
+            run_tool([dpkg, "-x", package, folder], doing=f"unpacking {package.name}")
+
+
+def _unpack_kernel(source: Distribution, folder: Path, tell: Tell) -> None:
+    packages = _kernel_packages(source)
+    if not packages:
+        raise LabError(
+            f"apt knows no kernel behind the package {source.kernel_meta}: apt-get update"
+        )
+    download_unpacked(packages, folder, tell)
+
+
+def _kernel_packages(source: Distribution) -> list[str]:
+    """Follow the meta package's dependencies to the packages that hold the kernel."""
+    found: list[str] = []
+    to_ask = [source.kernel_meta]
+    while to_ask:
+        for dependency in _dependencies(to_ask.pop()):
+            if re.fullmatch(source.kernel_part, dependency) and dependency not in found:
+                found.append(dependency)
+                to_ask.append(dependency)
+    return found
+
+
+def _dependencies(package: str) -> list[str]:
+    printed = run_tool(
+        [tool("apt-cache", "apt"), "depends", "--no-recommends", "--no-suggests", package],
+        doing=f"asking apt for the package {package}",
+        hint=_STALE_LISTS,
+    )
+    return re.findall(r"^[ |]*Depends: (\S+)$", printed, re.MULTILINE)

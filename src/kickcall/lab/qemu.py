@@ -1,0 +1,77 @@
+"""Which QEMU runs a lab machine: this system's, or another Debian release's in its own root?"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kickcall.errors import LabError
+from kickcall.lab.cache import built, run_tool, tool
+
+if TYPE_CHECKING:
+    from kickcall.lab.cache import Tell
+
+PROGRAM = "qemu-system-x86_64"
+_MIRROR = "http://deb.debian.org/debian"
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+@dataclass(frozen=True, slots=True)
+class Qemu:
+    """A QEMU to run: the command that starts it, and the root folder in which it lives."""
+
+    command: tuple[str, ...]
+    root: Path | None = None
+
+
+def find_qemu(name: str, tell: Tell) -> Qemu:
+    """Return the QEMU called `system`, or of a Debian suite as `trixie` (built the first time).
+
+    Raises LabError where QEMU is not installed, or a suite is asked for without root.
+    """
+    if name == "system":
+        return Qemu((tool(PROGRAM, "qemu-system-x86"),))
+    if not re.fullmatch(r"[a-z]+", name):
+        raise LabError(f"{name!r} is no QEMU of the lab: say system or a Debian suite, as trixie")
+    if os.geteuid() != 0:
+        raise LabError(f"QEMU of Debian {name} runs under chroot, which only root may: use sudo")
+    root = built(f"qemu-{name}", lambda folder: _bootstrap(name, folder, tell))
+    return Qemu((tool("chroot", "coreutils"), str(root), PROGRAM), root)
+
+
+def usable_kvm() -> bool:
+    """Return whether guests can run under KVM here.
+
+    /dev/kvm may open and even make a VM on a machine whose processor has no virtualization
+    extension (seen in cloud containers), and then every vCPU fails: so look at both.
+    """
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    if flags is None or not {"vmx", "svm"} & set(flags[1].split()):
+        return False
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _bootstrap(suite: str, folder: Path, tell: Tell) -> None:
+    debootstrap = tool("debootstrap", "debootstrap")
+    if not _KEYRING.exists():
+        raise LabError(
+            f"Debian's archive keys {_KEYRING} are missing: apt-get install debian-archive-keyring"
+        )
+    tell(f"installing Debian {suite} with its QEMU into {folder.parent} (half a minute)")
+    run_tool(
+        [debootstrap, "--variant=minbase", f"--keyring={_KEYRING}", suite, folder, _MIRROR],
+        doing=f"installing Debian {suite} with debootstrap",
+    )
+    apt: list[str | Path] = [tool("chroot", "coreutils"), folder, "apt-get", "-q"]
+    run_tool(
+        [*apt, "install", "-y", "--no-install-recommends", "qemu-system-x86"],
+        doing=f"installing QEMU of Debian {suite}",
+    )
+    run_tool([*apt, "clean"], doing="emptying apt's cache")

@@ -1,0 +1,299 @@
+"""What is a lab machine made of? Its devices as values, and the QEMU command line they mean."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from kickcall.errors import LabError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kickcall.lab.image import GuestImage
+
+Legacy = Literal["auto", "off", "only"]
+"""Which virtio-pci interface a device offers: auto is transitional on the root bus (modern and
+legacy, QEMU's default there), off is modern only, only is legacy only."""
+Disk = Literal["null", "file"]
+"""What is behind a disk: null-co (reads zeroes, forgets writes) or a file of the machine."""
+
+FIRST_SLOT = 0x02
+"""Slot 0 of q35's root bus is the host bridge."""
+FIRST_HOTPLUG_SLOT = 0x18
+"""Root ports for hot-plug take the slots from here up to 0x1e; 0x1f is the ICH9 bridge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpec:
+    """What all devices have. `id` and `slot` are filled in by the machine where left out."""
+
+    kind: ClassVar[str] = ""
+    prefix: ClassVar[str] = "dev"
+
+    id: str = ""
+    packed: bool = False
+    legacy: Legacy = "auto"
+    event_idx: bool = True
+    options: tuple[str, ...] = ()
+    """More properties for -device, as `vectors=0`."""
+    slot: int = 0
+    """The device's slot on the root PCI bus."""
+
+    def properties(self, driver: str, *own: str) -> str:
+        """Return the value of -device."""
+        words = [driver, f"id={self.id}", f"addr={self.slot:#x}", *own]
+        if self.packed:
+            words.append("packed=on")
+        if not self.event_idx:
+            words.append("event_idx=off")
+        if self.legacy == "off":
+            words.append("disable-legacy=on")
+        elif self.legacy == "only":
+            words += ["disable-modern=on", "disable-legacy=off"]
+        return ",".join((*words, *self.options))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtioBlk(DeviceSpec):
+    """virtio-blk, served by QEMU's main loop or by an iothread of its own."""
+
+    kind: ClassVar[str] = "virtio-blk"
+    prefix: ClassVar[str] = "blk"
+
+    queues: int = 1
+    iothread: bool = False
+    disk: Disk = "null"
+    size_mib: int = 64
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        own = [f"drive={self.id}-disk", f"num-queues={self.queues}"]
+        if self.iothread:
+            own.append(f"iothread={self.id}-iothread")
+        return [
+            *_iothread(self.id, self.iothread, poll_ns),
+            *_blockdev(self.id, self.disk, self.size_mib, folder),
+            *("-device", self.properties("virtio-blk-pci", *own)),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtioScsi(DeviceSpec):
+    """virtio-scsi with one disk. Its queues are control, event and `queues` request queues."""
+
+    kind: ClassVar[str] = "virtio-scsi"
+    prefix: ClassVar[str] = "scsi"
+
+    queues: int = 1
+    iothread: bool = False
+    disk: Disk = "null"
+    size_mib: int = 64
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        own = [f"num_queues={self.queues}"]
+        if self.iothread:
+            own.append(f"iothread={self.id}-iothread")
+        return [
+            *_iothread(self.id, self.iothread, poll_ns),
+            *_blockdev(self.id, self.disk, self.size_mib, folder),
+            *("-device", self.properties("virtio-scsi-pci", *own)),
+            *("-device", f"scsi-hd,id={self.id}-hd,bus={self.id}.0,drive={self.id}-disk"),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtioNet(DeviceSpec):
+    """virtio-net without vhost, on QEMU's user network, cut off from the world.
+
+    The guest is 10.0.2.15; QEMU answers as 10.0.2.2.
+    """
+
+    kind: ClassVar[str] = "virtio-net"
+    prefix: ClassVar[str] = "net"
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        own = [f"netdev={self.id}-user", "romfile="]
+        return [
+            *("-netdev", f"user,id={self.id}-user,restrict=on"),
+            *("-device", self.properties("virtio-net-pci", *own)),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostUserBlk(DeviceSpec):
+    """vhost-user-blk served by qemu-storage-daemon, through the lab's relay or directly.
+
+    (qemu-storage-daemon offers no packed queues.)
+    """
+
+    kind: ClassVar[str] = "vhost-user-blk"
+    prefix: ClassVar[str] = "vub"
+
+    queues: int = 1
+    relay: bool = True
+    disk: Disk = "null"
+    size_mib: int = 64
+    reconnect: int = 0
+    """QEMU's `reconnect` for the socket, in seconds (QEMU before 9.2)."""
+
+    def socket_name(self) -> str:
+        """Return the socket that QEMU connects to, in the machine's folder."""
+        return f"{self.id}.relay" if self.relay else f"{self.id}.backend"
+
+    def backend_arguments(self, folder: str) -> list[str]:
+        """Return the arguments of the qemu-storage-daemon that serves this device."""
+        return [
+            "--blockdev",
+            _blockdev(self.id, self.disk, self.size_mib, folder)[1],
+            "--export",
+            f"type=vhost-user-blk,id={self.id}-export,node-name={self.id}-disk,writable=on,"
+            f"addr.type=unix,addr.path={folder}/{self.id}.backend,num-queues={self.queues}",
+        ]
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        reconnect = f",reconnect={self.reconnect}" if self.reconnect else ""
+        own = [f"chardev={self.id}-socket", f"num-queues={self.queues}"]
+        path = f"{folder}/{self.socket_name()}"
+        return [
+            *("-chardev", f"socket,id={self.id}-socket,path={path}{reconnect}"),
+            *("-device", self.properties("vhost-user-blk-pci", *own)),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherDevice(DeviceSpec):
+    """Any other PCI device that needs only `-device`: `OtherDevice(driver="virtio-rng-pci")`."""
+
+    kind: ClassVar[str] = "other"
+    prefix: ClassVar[str] = "other"
+
+    driver: str
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        return ["-device", self.properties(self.driver)]
+
+
+AnyDevice = VirtioBlk | VirtioScsi | VirtioNet | VhostUserBlk | OtherDevice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSpec:
+    """A lab machine, before it is booted."""
+
+    name: str = ""
+    """Made up where left out."""
+    devices: tuple[AnyDevice, ...] = ()
+    memory_mib: int = 256
+    cpus: int = 2
+    qemu: str = "system"
+    """`system`, or a Debian suite whose QEMU to use: `trixie` (10.0), `bookworm` (7.2)."""
+    monitors: int = 1
+    """QMP sockets for users; their paths are `machine.qmp_paths`."""
+    lab_monitor: bool = True
+    """One more QMP socket, for `machine.qmp()`: so that the lab and a test do not fight."""
+    hotplug_ports: int = 0
+    """PCIe root ports hot0, hot1, … to plug devices into."""
+    iothread_poll_ns: int = 0
+    """How long an iothread polls before it sleeps. Polling hides lost kicks; QEMU's own default
+    is 32768."""
+    shared_memory: bool = False
+    """Guest memory as a shared memfd. Always so when there is a vhost-user device."""
+    arguments: tuple[str, ...] = field(default=())
+    """More arguments for QEMU, as they are."""
+    kernel_arguments: str = ""
+
+    def complete(self) -> MachineSpec:
+        """Return the same machine with an id and a PCI slot for every device.
+
+        Raises LabError for two devices of one id or one slot.
+        """
+        given = [device.id for device in self.devices if device.id]
+        taken_slots = {device.slot for device in self.devices if device.slot}
+        numbers: Counter[str] = Counter()
+        free_slots = (s for s in range(FIRST_SLOT, FIRST_HOTPLUG_SLOT) if s not in taken_slots)
+        devices: list[AnyDevice] = []
+        for device in self.devices:
+            name = device.id
+            while not name or (not device.id and name in given):
+                name = f"{device.prefix}{numbers[device.prefix]}"
+                numbers[device.prefix] += 1
+            slot = device.slot or next(free_slots, 0)
+            if not slot:
+                raise LabError("a lab machine has room for 22 devices")
+            devices.append(replace(device, id=name, slot=slot))
+        for what, values in (
+            ("id", [device.id for device in devices]),
+            ("slot", [f"{device.slot:#x}" for device in devices]),
+        ):
+            twice = [value for value, times in Counter(values).items() if times > 1]
+            if twice:
+                raise LabError(f"two devices of the lab machine have the same {what}: {twice[0]}")
+        return replace(self, devices=tuple(devices))
+
+    @property
+    def memory_is_shared(self) -> bool:
+        return self.shared_memory or any(isinstance(d, VhostUserBlk) for d in self.devices)
+
+
+def machine_arguments(spec: MachineSpec, folder: str) -> list[str]:
+    """Return QEMU's arguments for a machine's name, memory, monitors and devices.
+
+    `spec` is complete; `folder` is the machine's folder as QEMU sees it.
+    """
+    arguments = [
+        *("-name", f"guest={spec.name},debug-threads=on"),
+        *("-m", str(spec.memory_mib)),
+        *("-smp", str(spec.cpus)),
+        *("-nodefaults", "-no-user-config", "-display", "none"),
+    ]
+    if spec.memory_is_shared:
+        arguments += [
+            *("-object", f"memory-backend-memfd,id=ram,size={spec.memory_mib}M,share=on"),
+            *("-M", "q35,memory-backend=ram"),
+        ]
+    else:
+        arguments += ["-M", "q35"]
+    for number in range(spec.monitors):
+        arguments += ["-qmp", f"unix:{folder}/qmp{number},server=on,wait=off"]
+    if spec.lab_monitor:
+        arguments += [
+            *("-chardev", f"socket,id=lab-monitor,path={folder}/lab-monitor,server=on,wait=off"),
+            *("-mon", "chardev=lab-monitor,mode=control"),
+        ]
+    for number in range(spec.hotplug_ports):
+        slot = FIRST_HOTPLUG_SLOT + number
+        port = f"pcie-root-port,id=hot{number},chassis={number + 1},addr={slot:#x}"
+        arguments += ["-device", port]
+    for device in spec.devices:
+        arguments += device.arguments(folder, spec.iothread_poll_ns)
+    return arguments
+
+
+def guest_arguments(spec: MachineSpec, folder: str, image: GuestImage, *, kvm: bool) -> list[str]:
+    """Return QEMU's arguments that boot the guest and its agent's channel."""
+    return [
+        *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
+        *("-cpu", "host" if kvm else "max"),
+        *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
+        "-append",
+        f"console=ttyS0 quiet panic=-1 tsc=reliable {spec.kernel_arguments}".strip(),
+        *("-chardev", f"file,id=lab-console,path={folder}/console.log,append=on"),
+        *("-serial", "chardev:lab-console"),
+        *("-chardev", f"socket,id=lab-agent,path={folder}/agent,server=on,wait=off"),
+        *("-serial", "chardev:lab-agent"),
+    ]
+
+
+def _iothread(device_id: str, wanted: bool, poll_ns: int) -> Sequence[str]:
+    if not wanted:
+        return ()
+    return ("-object", f"iothread,id={device_id}-iothread,poll-max-ns={poll_ns}")
+
+
+def _blockdev(device_id: str, disk: Disk, size_mib: int, folder: str) -> tuple[str, str]:
+    node = f"node-name={device_id}-disk"
+    if disk == "null":
+        # qemu-storage-daemon takes no suffix as in 64M.
+        return "-blockdev", f"driver=null-co,{node},size={size_mib << 20},read-zeroes=on"
+    return "-blockdev", f"driver=file,{node},filename={folder}/{device_id}.img"
