@@ -124,9 +124,7 @@ class MessageStream:
             else:
                 self._write(raw)
                 top.expects = "value"
-        elif (expects == "first key" and raw == b"}") or (
-            expects == "first value" and raw == b"]"
-        ):
+        elif (expects == "first key" and raw == b"}") or (expects == "first value" and raw == b"]"):
             self._close(raw)
         elif expects == "first value":
             top.expects = "value"
