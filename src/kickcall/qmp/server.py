@@ -161,7 +161,7 @@ async def serve(
         stack.callback(os.close, pidfd)
         listener = ListeningSocket(listen_path)
         stack.callback(listener.close)
-        greeted = greet(upstream_path)
+        greeted = await asyncio.to_thread(greet, upstream_path)
         server: Server | None = None
 
         def on_event(line: bytes) -> None:

@@ -110,17 +110,6 @@ def served_monitor(pid: int, start_time: int) -> str | None:
     return None
 
 
-def machine_served_at(listen: str) -> int | None:
-    """Return the pid of the machine whose monitor a `kickcall qmp` serves at `listen`, or None."""
-    wanted = str(Path(listen).absolute())
-    for folder in dict.fromkeys((runtime_folder(), Path("/run/kickcall"))):
-        for path in folder.glob("*.json"):
-            note = _read(path)
-            if note is not None and note.get("listen") == wanted and _is_alive(note):
-                return int(path.name.partition("-")[0])
-    return None
-
-
 def machine_served_at(path: str) -> int | None:
     """Return the pid of the machine whose `kickcall qmp` listens at `path`, or None."""
     try:
