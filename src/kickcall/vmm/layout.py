@@ -57,6 +57,34 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPositions:
+    """How far a device in QEMU got with a queue. Wrap counters count for packed queues only."""
+
+    last_avail_idx: int
+    last_avail_wrap: bool
+    used_idx: int
+    used_wrap: bool
+
+
+POSITIONS_BEFORE_INDEX = 16
+POSITIONS_SIZE = 16
+_POSITIONS = struct.Struct("<H?xH?xH?x4x")
+
+
+def parse_positions(raw: bytes | None) -> StoredPositions | None:
+    """Return the positions in the POSITIONS_SIZE bytes that precede `queue_index`.
+
+    `last_avail_idx`, `last_avail_wrap_counter`, `shadow_avail_idx` and its counter, `used_idx`,
+    `used_wrap_counter`, `signalled_used` and its flag, `notification` (hw/virtio/virtio.c, 4.2 to
+    10.1). Whether it is so in a given binary is proved by `VmmSession` before it is relied on.
+    """
+    if raw is None:
+        return None
+    last, last_wrap, _, _, used, used_wrap = _POSITIONS.unpack(raw)
+    return StoredPositions(last, last_wrap, used, used_wrap)
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """An `EventNotifier` as it stands in memory."""
 

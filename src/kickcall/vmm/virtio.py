@@ -51,7 +51,6 @@ class Positions:
     """How far a device in QEMU itself got with a queue (QEMU: struct VirtQueue)."""
 
     last_avail_idx: int
-    shadow_avail_idx: int
     used_idx: int
 
 
@@ -161,9 +160,7 @@ def _read_queue(
         if not first <= index < first + count:
             return None
         return _ask_vhost_queue(monitor, path, index)
-    if device.backend is BackendKind.QEMU and device.kind in _IN_QEMU:
-        return _ask_queue(monitor, path, index)
-    return None
+    return _ask_queue(monitor, path, index) if _may_be_asked(device) else None
 
 
 def _ask_vhost_queue(monitor: Monitor, path: str, index: int) -> QueueFacts | None:
@@ -179,6 +176,7 @@ def _ask_vhost_queue(monitor: Monitor, path: str, index: int) -> QueueFacts | No
 
 
 def _ask_queue(monitor: Monitor, path: str, index: int) -> QueueFacts | None:
+    """Ask for a queue that QEMU serves itself; for another kind this would reach its back-end."""
     try:
         said = monitor.execute("x-query-virtio-queue-status", {"path": path, "queue": index})
     except QmpCommandError:
@@ -191,10 +189,20 @@ def _ask_queue(monitor: Monitor, path: str, index: int) -> QueueFacts | None:
     )
     if not rings.desc:
         return None
-    # QEMU leaves `last-avail-idx` and its shadow out only where vhost holds the queue.
-    positions = Positions(
-        int(said.get("last-avail-idx", 0)),
-        int(said.get("shadow-avail-idx", 0)),
-        int(said["used-idx"]),
-    )
+    # QEMU leaves the avail positions out only where vhost holds the queue.
+    positions = Positions(int(said.get("last-avail-idx", 0)), int(said["used-idx"]))
     return QueueFacts(rings, positions)
+
+
+def ask_positions(monitor: Monitor, facts: DeviceFacts, index: int) -> Positions | None:
+    """Return how far the device is with queue `index` now; None where it may not be asked."""
+    if not _may_be_asked(facts.device):
+        return None
+    told = _ask_queue(monitor, facts.backend_path, index)
+    return None if told is None else told.positions
+
+
+def _may_be_asked(device: Device) -> bool:
+    return (
+        device.backend is BackendKind.QEMU and not device.vhost_started and device.kind in _IN_QEMU
+    )

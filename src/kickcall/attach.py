@@ -1,0 +1,218 @@
+"""The public interface: attach to a machine, look at its queues, kick and call them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from kickcall.devices.base import device_class, parse_event
+from kickcall.errors import DeviceNotFoundError, QueueNotReadyError, UsageError
+from kickcall.model import DeviceEvent, Via
+from kickcall.vmm import observe
+from kickcall.vmm.find import resolve
+from kickcall.vmm.monitor import CONNECT_TIMEOUT, borrow
+from kickcall.vmm.served import machine_served_at, served_monitor
+from kickcall.vmm.session import VmmSession
+
+if TYPE_CHECKING:
+    from kickcall.model import Device, Injection, Machine, QueueMap, QueueState
+    from kickcall.vmm.monitor import BorrowMonitor
+    from kickcall.vmm.session import MappedDevice
+
+
+def attach(
+    target: str | int,
+    *,
+    timeout: float = CONNECT_TIMEOUT,
+    monitor: BorrowMonitor | None = None,
+) -> AttachedMachine:
+    """Map a running machine and return a handle on it.
+
+    `target` is a name, a pid, or `qmp:PATH`. The machine's monitor is borrowed for some
+    milliseconds, and the machine is not stopped. A `kickcall qmp` that holds the monitor is used
+    by itself. `timeout` (seconds) bounds the wait for a held monitor; `monitor` replaces the
+    search for one.
+
+    Raises MachineNotFoundError, NotAVmmError, MonitorBusyError, MonitorGoneError, PrivilegeError or
+    MapError.
+    """
+    machine, path = resolve(target)
+    ours = False
+    if monitor is None:
+        if path is None:
+            path = served_monitor(machine.pid, machine.start_time)
+            ours = path is not None
+        else:
+            ours = machine_served_at(path) is not None
+        paths = [path] if path is not None else [address.path for address in machine.monitors]
+        monitor = borrow(paths, timeout)
+    return AttachedMachine(VmmSession(machine, monitor, monitor_is_ours=ours))
+
+
+class AttachedMachine:
+    """A machine that was mapped. Use it in a `with` block, or call `close`."""
+
+    def __init__(self, session: VmmSession) -> None:
+        self._session = session
+
+    @property
+    def info(self) -> Machine:
+        """What is known of the VMM process."""
+        return self._session.machine
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's run state when the machine was mapped, as `running` or `paused`."""
+        return self._session.run_state
+
+    def devices(self) -> tuple[AttachedDevice, ...]:
+        """Return every virtio device, by QOM path."""
+        return tuple(AttachedDevice(self._session, mapped) for mapped in self._session.devices)
+
+    def device(self, name: str) -> AttachedDevice:
+        """Return the device with that id or QOM path (its own, or its virtio-backend's).
+
+        Raises DeviceNotFoundError.
+        """
+        path = name.removesuffix("/virtio-backend")
+        for mapped in self._session.devices:
+            if path in (mapped.device.path, mapped.device.id):
+                return AttachedDevice(self._session, mapped)
+        known = ", ".join(mapped.device.id for mapped in self._session.devices) or "none"
+        raise DeviceNotFoundError(
+            f"{self.info.name} has no virtio device {name!r}; it has: {known}"
+        )
+
+    def device_event(
+        self,
+        dev: str,
+        event: DeviceEvent | str,
+        queue: int,
+        *,
+        via: Via | str | None = None,
+        dry_run: bool = False,
+        watch_s: float = 0.0,
+    ) -> Injection:
+        """Raise `event` on a queue of a device: the RFC's command, as a function.
+
+        `via` forces a way; `dry_run` checks and writes nothing; `watch_s` is how many seconds the
+        queue is watched before the counters "after" are read. Raises KickcallError and its kin;
+        then nothing was written.
+        """
+        attached = self.device(dev)
+        return attached.queue(queue).raise_event(event, via=via, dry_run=dry_run, watch_s=watch_s)
+
+    def refresh(self) -> None:
+        """Map the machine anew: after StaleMapError, or to see devices that were plugged in."""
+        self._session.refresh()
+
+    def close(self) -> None:
+        """Let go of the process. The machine does not notice."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AttachedDevice:
+    """A device of an attached machine."""
+
+    def __init__(self, session: VmmSession, mapped: MappedDevice) -> None:
+        self._session = session
+        self._mapped = mapped
+
+    @property
+    def info(self) -> Device:
+        """What the monitor said of the device when the machine was mapped."""
+        return self._mapped.device
+
+    @property
+    def refusal(self) -> str:
+        """Why the device's notifiers were not mapped; empty where they were."""
+        return self._mapped.refusal
+
+    @property
+    def kind(self) -> str:
+        """The name of the DeviceClass that serves the device."""
+        return device_class(self._session, self._mapped).name
+
+    def queue(self, index: int) -> AttachedQueue:
+        """Return queue number `index`.
+
+        Raises QueueNotFoundError, QueueNotReadyError, or MapError where its notifiers could not be
+        proved.
+        """
+        if not self._session.running and self._mapped.array is None:
+            raise QueueNotReadyError(
+                f"{self._session.machine.name} is not running (QEMU: {self._session.run_state}): "
+                "its notifiers are switched off"
+            )
+        return AttachedQueue(self._session, self._mapped, self._mapped.queue_map(index))
+
+    def queues(self) -> tuple[AttachedQueue, ...]:
+        """Return every queue that the driver set up, if the device could be mapped."""
+        if self._mapped.array is None:
+            return ()
+        return tuple(
+            AttachedQueue(self._session, self._mapped, self._mapped.queue_map(index))
+            for index, element in enumerate(self._mapped.array.elements)
+            if element.rings.desc and self._mapped.device.driver_ok
+        )
+
+
+class AttachedQueue:
+    """A queue of an attached machine, with its two notifiers."""
+
+    def __init__(self, session: VmmSession, mapped: MappedDevice, queue: QueueMap) -> None:
+        self._session = session
+        self._mapped = mapped
+        self.map = queue
+        """Where the queue and its notifiers are."""
+
+    def state(self) -> QueueState:
+        """Look at the queue: indices, flags, notifier counts. Microseconds, and nobody notices."""
+        self._session.process.check_alive()
+        return observe.queue_state(self._session, self._mapped, self.map)
+
+    def kick(
+        self, *, via: Via | str | None = None, dry_run: bool = False, watch_s: float = 0.0
+    ) -> Injection:
+        """Kick the device: it looks at the available ring. See `AttachedMachine.device_event`."""
+        return self.raise_event(DeviceEvent.KICK, via=via, dry_run=dry_run, watch_s=watch_s)
+
+    def call(
+        self, *, via: Via | str | None = None, dry_run: bool = False, watch_s: float = 0.0
+    ) -> Injection:
+        """Call the driver: it looks at the used ring. See `AttachedMachine.device_event`."""
+        return self.raise_event(DeviceEvent.CALL, via=via, dry_run=dry_run, watch_s=watch_s)
+
+    def raise_event(
+        self,
+        event: DeviceEvent | str,
+        *,
+        via: Via | str | None = None,
+        dry_run: bool = False,
+        watch_s: float = 0.0,
+    ) -> Injection:
+        """Raise `event` on this queue. See `AttachedMachine.device_event`."""
+        return device_class(self._session, self._mapped).device_event(
+            parse_event(event),
+            self.map.index,
+            via=_parse_via(via),
+            dry_run=dry_run,
+            watch_s=watch_s,
+        )
+
+
+def _parse_via(via: Via | str | None) -> Via | None:
+    """Return the way that `via` forces; None for `auto`. Raises UsageError for an unknown word."""
+    if via is None or via == "auto":
+        return None
+    try:
+        return Via(via)
+    except ValueError as exc:
+        raise UsageError(
+            f"{via!r} is no way to inject: auto, {', '.join(way.value for way in Via)}"
+        ) from exc

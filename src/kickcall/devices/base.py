@@ -1,0 +1,165 @@
+"""DeviceClass: what a kind of device can be made to do, and the registry of all kinds."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, ClassVar
+
+from kickcall.errors import EventNotSupportedError, KickcallError, UsageError
+from kickcall.model import DeviceEvent, Injection, Via
+
+if TYPE_CHECKING:
+    from kickcall.model import Counters, Device, QueueMap
+    from kickcall.vmm.session import MappedDevice, VmmSession
+
+ENTRY_POINTS = "kickcall.devices"
+"""The group in which a package from outside registers a DeviceClass (packaging: entry points)."""
+
+
+class DeviceClass(ABC):
+    """One kind of device. QEMU's RFC has the same name and the same method.
+
+    A subclass says which devices it is for and which ways it has; a way is a function that writes
+    one event (see `kickcall.devices.ways`). Register it in the entry-point group
+    `kickcall.devices`; among the classes that claim a device the one with the highest `priority`
+    serves it.
+    """
+
+    name: ClassVar[str]
+    """What `kickcall show` calls the kind."""
+    priority: ClassVar[int] = 0
+
+    def __init__(self, session: VmmSession, mapped: MappedDevice) -> None:
+        self.session = session
+        self.mapped = mapped
+
+    @classmethod
+    @abstractmethod
+    def claims(cls, device: Device) -> bool:
+        """Tell whether this class serves `device`."""
+
+    @abstractmethod
+    def ways(self, event: DeviceEvent, queue: QueueMap) -> dict[Via, Offer]:
+        """Return the ways to raise `event` on `queue`, best first.
+
+        Each is a function that makes the way ready, or says in words why it cannot be taken now.
+        """
+
+    def device_event(
+        self,
+        event: DeviceEvent,
+        queue: int,
+        *,
+        via: Via | None = None,
+        dry_run: bool = False,
+        watch_s: float = 0.0,
+    ) -> Injection:
+        """Raise `event` on queue number `queue` and return what was done.
+
+        `via` forces one way; `dry_run` checks everything and writes nothing; `watch_s` is how many
+        seconds to watch the queue before the counters "after" are read. Raises KickcallError and
+        its kin, and then nothing was written.
+        """
+        queue_map = self.mapped.queue_map(queue)
+        chosen, way = self._choose(event, queue_map, via)
+        # The cheap facts are checked last before the write; nothing slow may come in between.
+        self.session.verify(self.mapped, queue_map, event)
+        before = way.counters()
+        if not dry_run:
+            way.write()
+            if watch_s > 0:
+                time.sleep(watch_s)
+        return Injection(
+            machine=self.session.machine.name,
+            device=self.mapped.device.path,
+            queue=queue,
+            event=event,
+            via=chosen,
+            eventfd_id=way.eventfd_id,
+            before=before,
+            after=way.counters() if not dry_run else before,
+            dry_run=dry_run,
+            target=way.target,
+        )
+
+    def _choose(self, event: DeviceEvent, queue: QueueMap, via: Via | None) -> tuple[Via, Way]:
+        offered = self.ways(event, queue)
+        device = self.mapped.device
+        if via is not None:
+            if via not in offered:
+                raise EventNotSupportedError(
+                    f"{device.id}: a device of kind {self.name} has no {via} way to {event}"
+                )
+            offered = {via: offered[via]}
+        reasons = []
+        for candidate, offer in offered.items():
+            way = offer()
+            if isinstance(way, Way):
+                return candidate, way
+            reasons.append(f"{candidate}: {way}")
+        raise EventNotSupportedError(
+            f"cannot {event} queue {queue.index} of {device.id}: "
+            + ("; ".join(reasons) or f"it has no event {event}")
+        )
+
+
+class Way:
+    """One event that is ready to be written, and how its effect is read."""
+
+    def __init__(
+        self,
+        target: str,
+        write: Callable[[], None],
+        counters: Callable[[], Counters],
+        eventfd_id: int | None = None,
+    ) -> None:
+        self.target = target
+        self.write = write
+        self.counters = counters
+        self.eventfd_id = eventfd_id
+
+
+Offer = Callable[[], Way | str]
+"""Makes a way ready, or returns the reason why it cannot be taken."""
+
+
+@cache
+def registry() -> tuple[type[DeviceClass], ...]:
+    """Return every DeviceClass that is installed, the one to ask first in front.
+
+    Raises KickcallError naming the entry point that cannot be loaded.
+    """
+    found = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            loaded = entry.load()
+        except Exception as exc:
+            raise KickcallError(
+                f"the device class {entry.name!r} ({entry.value}) cannot be loaded: {exc}"
+            ) from exc
+        if not (isinstance(loaded, type) and issubclass(loaded, DeviceClass)):
+            raise KickcallError(f"{entry.value} is registered as a device class and is none")
+        found.append(loaded)
+    return tuple(sorted(found, key=lambda kind: (-kind.priority, kind.__name__)))
+
+
+def device_class(session: VmmSession, mapped: MappedDevice) -> DeviceClass:
+    """Return the class that serves `mapped`. Raises EventNotSupportedError where none does."""
+    for kind in registry():
+        if kind.claims(mapped.device):
+            return kind(session, mapped)
+    raise EventNotSupportedError(
+        f"{mapped.device.id}: no device class for {mapped.device.kind} is installed"
+    )
+
+
+def parse_event(event: DeviceEvent | str) -> DeviceEvent:
+    """Return `event` as a DeviceEvent. Raises UsageError where it is none."""
+    try:
+        return DeviceEvent(event)
+    except ValueError as exc:
+        raise UsageError(f"{event!r} is no device event: kick or call") from exc

@@ -1,0 +1,112 @@
+"""The ways to inject that several kinds of device share: `qmp`, `eventfd`, `ioport`."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kickcall.devices.base import Way
+from kickcall.errors import QmpCommandError
+from kickcall.host import eventfds
+from kickcall.model import Counters, DeviceEvent, Via
+from kickcall.vmm import observe, pci
+
+if TYPE_CHECKING:
+    from kickcall.devices.base import Offer
+    from kickcall.model import Notifier, QueueMap
+    from kickcall.vmm.session import MappedDevice, VmmSession
+
+COMMAND = "x-debug-device-event"
+"""The RFC's QMP command."""
+
+
+def virtio_ways(
+    session: VmmSession, mapped: MappedDevice, queue: QueueMap, event: DeviceEvent
+) -> dict[Via, Offer]:
+    """Return the ways that every virtio device with notifiers has, best first."""
+    ways: dict[Via, Offer] = {
+        Via.QMP: partial(via_qmp, session, mapped, queue, event),
+        Via.EVENTFD: partial(via_eventfd, session, mapped, queue, event),
+        Via.IOPORT: partial(via_ioport, session, mapped, queue, event),
+    }
+    if session.monitor_is_ours:
+        # There the RFC's command is kickcall's own, and would only come back here.
+        ways[Via.QMP] = ways.pop(Via.QMP)
+    return ways
+
+
+def via_qmp(
+    session: VmmSession, mapped: MappedDevice, queue: QueueMap, event: DeviceEvent
+) -> Way | str:
+    """The VMM raises the event itself, where it has the RFC's command."""
+    if not session.has_command(COMMAND):
+        return f"this QEMU has no {COMMAND}"
+
+    def write() -> None:
+        with session.borrow() as monitor:
+            monitor.execute(
+                COMMAND,
+                {"dev": mapped.device.path, "event": str(event), "queue": queue.index},
+            )
+
+    notifier = _notifier(queue, event)
+    return Way(
+        f"{COMMAND} on the monitor",
+        write,
+        partial(observe.counters, session, mapped, queue, notifier),
+        None if notifier is None else notifier.eventfd_id,
+    )
+
+
+def via_eventfd(
+    session: VmmSession, mapped: MappedDevice, queue: QueueMap, event: DeviceEvent
+) -> Way | str:
+    """Write 1 to the queue's own notifier: what the guest's doorbell, or the back-end, does."""
+    notifier = _notifier(queue, event)
+    if notifier is None:
+        return f"queue {queue.index} has no {event} notifier (QEMU does it without an eventfd)"
+    ours = session.hold(notifier)
+
+    def counters() -> Counters:
+        # Our own descriptor is the same open eventfd, whatever the VMM does with its number.
+        view = observe.ring_view(session, mapped, queue)
+        state = eventfds.read_eventfd(os.getpid(), ours)
+        return Counters(None if state is None else state.count, view.avail_idx, view.used_idx)
+
+    return Way(
+        f"eventfd {notifier.eventfd_id} (fd {notifier.fd} of process {session.process.pid})",
+        partial(eventfds.signal, ours),
+        counters,
+        notifier.eventfd_id,
+    )
+
+
+def via_ioport(
+    session: VmmSession, mapped: MappedDevice, queue: QueueMap, event: DeviceEvent
+) -> Way | str:
+    """Ring the legacy notify port of a transitional virtio-pci device: HMP `o`, no pause."""
+    if event is not DeviceEvent.KICK:
+        return "an I/O port is a doorbell: it can only kick"
+    with session.borrow() as monitor:
+        port = pci.legacy_notify_port(monitor, mapped.device)
+    if port is None:
+        return "the device has no legacy I/O BAR that the guest has mapped"
+
+    def write() -> None:
+        with session.borrow() as monitor:
+            # The guest may have moved the BAR since: a port is only as good as its last look-up.
+            if pci.legacy_notify_port(monitor, mapped.device) != port:
+                raise QmpCommandError(f"the I/O BAR of {mapped.device.id} moved: nothing written")
+            pci.write_port(monitor, port, queue.index)
+
+    return Way(
+        f"I/O port {port:#x}",
+        write,
+        partial(observe.counters, session, mapped, queue, queue.kick),
+        None if queue.kick is None else queue.kick.eventfd_id,
+    )
+
+
+def _notifier(queue: QueueMap, event: DeviceEvent) -> Notifier | None:
+    return queue.kick if event is DeviceEvent.KICK else queue.call
