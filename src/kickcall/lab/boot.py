@@ -169,13 +169,16 @@ def _make_folder(name: str, qemu: Qemu) -> Path:
     folder = lab_folder() / name
     if folder.exists() or folder.is_symlink():
         _clear(folder)
-    if qemu.root is None:
-        folder.mkdir(mode=0o700)
-        return folder
-    # Its sockets must lie inside QEMU's root; the link keeps their paths short for us.
-    inside = qemu.root / "lab" / name
-    inside.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.symlink_to(inside)
+    try:
+        if qemu.root is None:
+            folder.mkdir(mode=0o700)
+            return folder
+        # Its sockets must lie inside QEMU's root; the link keeps their paths short for us.
+        inside = qemu.root / "lab" / name
+        inside.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.symlink_to(inside)
+    except FileExistsError:
+        raise LabError(f"another process boots a lab machine called {name} right now") from None
     return folder
 
 

@@ -22,13 +22,12 @@ from kickcall.lab.guest import Guest
 from kickcall.lab.interrupts import parse_disks, parse_interrupts
 from kickcall.lab.monitor import ask
 from kickcall.lab.process import LabProcess
-from kickcall.lab.spec import AnyDevice, MachineSpec
+from kickcall.lab.relay_control import RelayControl
+from kickcall.lab.spec import AnyDevice, MachineSpec, VhostUserBlk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
-
-    from kickcall.lab.relay_control import RelayControl
 
 _KINDS: dict[str, type[AnyDevice]] = {
     kind.kind: kind
@@ -136,10 +135,13 @@ class LabMachine:
         return self._process(f"{device}-relay").pid
 
     def relay(self, device: str) -> RelayControl:
-        """Return the control of a vhost-user device's relay."""
-        from kickcall.lab.relay_control import RelayControl
-
-        self._process(f"{device}-relay")
+        """Return the control of a vhost-user device's relay. Raises LabError if it has none."""
+        spec = self.device(device)
+        if not (isinstance(spec, VhostUserBlk) and spec.relay):
+            raise LabError(
+                f"{device} of lab machine {self.name} has no relay: "
+                "only a vhost-user-blk device with relay=on has one"
+            )
         return RelayControl(self.folder / f"{device}.control")
 
     def device(self, device: str) -> AnyDevice:

@@ -1,0 +1,284 @@
+"""`kickcall lab`: real machines to break on purpose."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kickcall.lab.machine import LabMachine
+    from kickcall.lab.relay_control import Carried
+    from kickcall.lab.spec import AnyDevice
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Boot real virtual machines, run commands in their guests, and lose their notifications.",
+)
+
+_DEFAULT_DEVICES = ("virtio-blk", "virtio-scsi", "virtio-net", "vhost-user-blk")
+
+
+class Notification(enum.StrEnum):
+    """What can be lost."""
+
+    KICK = "kick"
+    CALL = "call"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Name = Annotated[str, typer.Argument(help="The lab machine's name.", show_default=False)]
+
+
+@app.command()
+def up(
+    name: Annotated[str, typer.Argument(help="A name for the machine.", show_default=False)],
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KIND,NAME=VALUE,… (again for each device). KIND: virtio-blk, virtio-scsi, "
+            "virtio-net, vhost-user-blk, or any QEMU driver. NAME: id, queues, packed=on, "
+            "iothread=on, relay=off, disk=null|file, size-mib, legacy=auto|off|only, "
+            "event-idx=off, or any property of QEMU's device.",
+            show_default=", ".join(_DEFAULT_DEVICES),
+        ),
+    ] = None,
+    qemu: Annotated[
+        str, typer.Option(help="system, or a Debian release whose QEMU to run (needs root).")
+    ] = "system",
+    memory: Annotated[int, typer.Option(min=128, help="Guest memory, MiB.")] = 256,
+    cpus: Annotated[int, typer.Option(min=1, max=64, help="Virtual CPUs.")] = 2,
+    monitors: Annotated[int, typer.Option(min=1, max=16, help="QMP sockets.")] = 1,
+    json: Json = False,
+) -> None:
+    """Boot a machine with a real Linux guest; it runs until `kickcall lab down`.
+
+    The guest's kernel is downloaded into a cache the first time, and never installed.
+
+    Example:
+
+        kickcall lab up vm0 --device virtio-blk,iothread=on --device vhost-user-blk
+    """
+    from kickcall.lab.boot import boot
+    from kickcall.lab.spec import MachineSpec
+    from kickcall.lab.spec_text import parse_device
+
+    spec = MachineSpec(
+        name=name,
+        devices=tuple(parse_device(text) for text in device or _DEFAULT_DEVICES),
+        memory_mib=memory,
+        cpus=cpus,
+        monitors=monitors,
+        qemu=qemu,
+    )
+    machine = boot(spec, outlives=True, tell=lambda step: typer.echo(f"lab: {step}", err=True))
+    if json:
+        _print_json(_facts(machine))
+        return
+    typer.echo(f"{machine.name} is up: QEMU is process {machine.pid}")
+    for path in machine.qmp_paths:
+        typer.echo(f"QMP:  {path}")
+    _print_table(
+        ("device", "kind", "in the guest", "relay"),
+        [
+            (
+                spec.id,
+                _kind(spec),
+                machine.disk(spec.id) if hasattr(spec, "disk") else "",
+                "yes" if getattr(spec, "relay", False) else "",
+            )
+            for spec in machine.spec.devices
+        ],
+    )
+    typer.echo(f"Try:  kickcall lab console {name} -- cat /proc/interrupts")
+
+
+@app.command()
+def ls(json: Json = False) -> None:
+    """List your lab machines.
+
+    Example:
+
+        kickcall lab ls --json
+    """
+    from kickcall.lab.machine import machines
+
+    found = machines()
+    if json:
+        _print_json([_facts(machine) for machine in found])
+        return
+    if not found:
+        typer.echo("no lab machine is up; boot one: kickcall lab up vm0")
+        return
+    _print_table(
+        ("machine", "pid", "state", "qemu", "devices"),
+        [
+            (
+                machine.name,
+                str(machine.pid) if machine.alive else "",
+                "running" if machine.alive else "ended",
+                machine.spec.qemu,
+                ", ".join(device.id for device in machine.spec.devices),
+            )
+            for machine in found
+        ],
+    )
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def console(
+    name: Name,
+    command: Annotated[
+        list[str], typer.Argument(help="A shell command, after --.", show_default=False)
+    ],
+    timeout: Annotated[
+        float | None, typer.Option(help="Stop waiting after this many seconds.", show_default="no")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Start the command and do not wait for it.")
+    ] = False,
+) -> None:
+    """Run a command in a guest, print its output, and exit with its status.
+
+    Works while other commands hang.
+
+    Example:
+
+        kickcall lab console vm0 -- dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct
+    """
+    from kickcall.lab.machine import LabMachine
+
+    # Joined as ssh does it: what the local shell left is for the guest's shell.
+    started = LabMachine.find(name).guest.start(" ".join(command))
+    if detach:
+        return
+    status, output = started.wait(float("inf") if timeout is None else timeout)
+    typer.echo(output, nl=False)
+    raise typer.Exit(status)
+
+
+@app.command("break")
+def break_(
+    name: Name,
+    device: Annotated[
+        str,
+        typer.Argument(help="A vhost-user device with a relay, as vub0.", show_default=False),
+    ],
+    drop: Annotated[Notification | None, typer.Option(help="Lose the next of these.")] = None,
+    delay: Annotated[
+        Notification | None, typer.Option(help="Carry the next of these late.")
+    ] = None,
+    double: Annotated[
+        Notification | None, typer.Option(help="Carry the next of these twice.")
+    ] = None,
+    queue: Annotated[
+        int | None, typer.Option(min=0, help="Which queue.", show_default="any")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="How late, with --delay.")] = 1.0,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Forget what was asked for and has not happened.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Lose, delay or double a device's next notifications, and show what its relay carried.
+
+    Example:
+
+        kickcall lab break vm0 vub0 --queue 0 --drop kick --count 1
+    """
+    from kickcall.lab.machine import LabMachine
+
+    relay = LabMachine.find(name).relay(device)
+    if clear:
+        relay.clear()
+    if drop:
+        relay.drop(drop, queue, count)
+    if delay:
+        relay.delay(delay, queue, count, seconds=seconds)
+    if double:
+        relay.double(double, queue, count)
+    rows = relay.report()
+    if json:
+        _print_json([_carried(row) for row in rows])
+        return
+    _print_table(
+        ("queue", "event", "passed", "dropped", "delayed", "doubled", "still to break"),
+        [
+            tuple("any" if value is None else str(value) for value in _carried(row).values())
+            for row in rows
+        ],
+    )
+
+
+@app.command()
+def down(
+    name: Annotated[
+        str | None, typer.Argument(help="The lab machine's name.", show_default=False)
+    ] = None,
+    all_machines: Annotated[bool, typer.Option("--all", help="All of your lab machines.")] = False,
+) -> None:
+    """Take a machine down: its processes, sockets and disks.
+
+    Example:
+
+        kickcall lab down vm0
+    """
+    from kickcall.errors import UsageError
+    from kickcall.lab.machine import LabMachine, machines
+
+    if (name is None) != all_machines:
+        raise UsageError("say which machine to take down, or --all: kickcall lab ls lists them")
+    for machine in machines() if name is None else [LabMachine.find(name)]:
+        machine.close()
+        typer.echo(f"{machine.name} is down")
+
+
+def _facts(machine: LabMachine) -> dict[str, object]:
+    """Return what --json shows of a machine; its keys do not change."""
+    return {
+        "name": machine.name,
+        "pid": machine.pid if machine.alive else None,
+        "running": machine.alive,
+        "qemu": machine.spec.qemu,
+        "qmp": [str(path) for path in machine.qmp_paths],
+        "folder": str(machine.folder),
+        "devices": [
+            {
+                "id": device.id,
+                "kind": _kind(device),
+                "pci": f"0000:00:{device.slot:02x}.0",
+                "queues": getattr(device, "queues", None),
+                "relay": bool(getattr(device, "relay", False)),
+            }
+            for device in machine.spec.devices
+        ],
+    }
+
+
+def _kind(device: AnyDevice) -> str:
+    return getattr(device, "driver", device.kind)
+
+
+def _carried(row: Carried) -> dict[str, object]:
+    import dataclasses
+
+    return dataclasses.asdict(row)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
