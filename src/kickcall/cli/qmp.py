@@ -41,8 +41,6 @@ def qmp(
 
         socat - UNIX-CONNECT:/run/vm0.qmp
     """
-    import asyncio
-
     from kickcall.errors import (
         KickcallError,
         MonitorBusyError,
@@ -50,7 +48,7 @@ def qmp(
         MonitorGoneError,
         UsageError,
     )
-    from kickcall.qmp.server import Callbacks, Ended, serve
+    from kickcall.qmp.server import Callbacks, Ended, run
     from kickcall.vmm.find import resolve
     from kickcall.vmm.served import served_monitor
 
@@ -76,9 +74,7 @@ def qmp(
         )
         for number, upstream in enumerate(paths, 1):
             try:
-                ended = asyncio.run(
-                    serve(found.pid, found.start_time, upstream, str(listen), callbacks)
-                )
+                ended = run(found.pid, found.start_time, upstream, str(listen), callbacks)
                 break
             except (MonitorBusyError, MonitorGoneError):
                 if number == len(paths):

@@ -15,16 +15,12 @@ COMMAND: Final = "x-debug-device-event"
 _LIST: Final = b'{"return": ['
 
 
-class _Name(msgspec.Struct):
-    name: str
-
-
 class _Entity(msgspec.Struct, rename="kebab"):
     name: str
     meta_type: str
-    members: list[_Name] | None = None
-    variants: msgspec.Raw | None = None
-    values: msgspec.Raw | None = None
+    members: list[dict[str, msgspec.Raw]] | None = None
+    variants: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    values: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 _decode_entities = msgspec.json.Decoder(list[_Entity]).decode
@@ -61,7 +57,9 @@ def _entities(known: list[_Entity]) -> bytes:
     empty = [
         entity.name
         for entity in known
-        if entity.meta_type == "object" and entity.members == [] and entity.variants is None
+        if entity.meta_type == "object"
+        and entity.members == []
+        and entity.variants is msgspec.UNSET
     ]
     if empty:
         nothing = min(empty, key=lambda name: (len(name), name))
@@ -72,7 +70,7 @@ def _entities(known: list[_Entity]) -> bytes:
     if not enums or any(entity.members is not None for entity in enums):
         kinds["members"] = [{"name": "kick"}, {"name": "call"}]
     kinds["meta-type"] = "enum"
-    if any(entity.values is not None for entity in enums):
+    if any(entity.values is not msgspec.UNSET for entity in enums):
         kinds["values"] = ["kick", "call"]
     command: dict[str, object] = {
         "name": COMMAND,

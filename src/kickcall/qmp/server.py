@@ -202,6 +202,13 @@ async def serve(
         return why
 
 
+def run(
+    pid: int, start_time: int, upstream_path: str, listen_path: str, callbacks: Callbacks
+) -> Ended:
+    """Do what `serve` does, in an event loop of its own. To be called in the main thread."""
+    return asyncio.run(serve(pid, start_time, upstream_path, listen_path, callbacks))
+
+
 def _warn(callbacks: Callbacks, error: Exception | None) -> None:
     if error is not None:
         callbacks.warning(f"{listing.COMMAND} will try again, it could not prepare: {error}")

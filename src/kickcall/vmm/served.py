@@ -164,6 +164,6 @@ def _read(path: Path) -> dict[str, object] | None:
             if not stat.S_ISREG(status.st_mode) or not _is_trusted(status):
                 return None
             note = json.loads(file.read(_MAX_NOTE))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return note if isinstance(note, dict) else None
