@@ -65,6 +65,7 @@ class DeviceClass(ABC):
         its kin, and then nothing was written.
         """
         queue_map = self.mapped.queue_map(queue)
+        self.session.check_running()
         chosen, way = self._choose(event, queue_map, via)
         # The cheap facts are checked last before the write; nothing slow may come in between.
         self.session.verify(self.mapped, queue_map, event)

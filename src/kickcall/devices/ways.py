@@ -45,6 +45,7 @@ def via_qmp(
 
     def write() -> None:
         with session.borrow() as monitor:
+            session.check_running(monitor)
             monitor.execute(
                 COMMAND,
                 {"dev": mapped.device.path, "event": str(event), "queue": queue.index},
@@ -95,6 +96,7 @@ def via_ioport(
 
     def write() -> None:
         with session.borrow() as monitor:
+            session.check_running(monitor)
             # The guest may have moved the BAR since: a port is only as good as its last look-up.
             if pci.legacy_notify_port(monitor, mapped.device) != port:
                 raise QmpCommandError(f"the I/O BAR of {mapped.device.id} moved: nothing written")

@@ -202,8 +202,8 @@ def _with_owner(
 def notifier_size(raw: list[bytes], owner_at: int, open_eventfds: Iterable[int]) -> int | None:
     """Return the size of an EventNotifier that all elements in `raw` agree with; None if not one.
 
-    In every element both notifiers must be either unused or two equal numbers of an open eventfd,
-    and at least one of them must be in use.
+    In every element both notifiers must be either unused or two equal numbers of an open eventfd.
+    Where none is in use (ioeventfd=off, or a machine that is paused) the size does not matter.
     """
     fds = set(open_eventfds)
     fitting = []
@@ -214,9 +214,11 @@ def notifier_size(raw: list[bytes], owner_at: int, open_eventfds: Iterable[int])
         used = [slot for slot in slots if slot.initialized]
         unused = [slot for slot in slots if not slot.initialized]
         if (
-            used
-            and all(slot.rfd == slot.wfd and slot.rfd in fds for slot in used)
+            all(slot.rfd == slot.wfd and slot.rfd in fds for slot in used)
             and all((slot.rfd, slot.wfd) in ((0, 0), (-1, -1)) for slot in unused)
         ):
             fitting.append(size)
-    return fitting[0] if len(fitting) == 1 else None
+    unused_anyway = len(fitting) == 2 and not any(
+        _slot(element, owner_at + 8, 8).initialized for element in raw
+    )
+    return fitting[0] if len(fitting) == 1 or unused_anyway else None

@@ -76,7 +76,7 @@ def find_arrays(
             continue
         found[facts.backend_path] = outcome
         wanted.pop(facts.backend_path)
-        if isinstance(outcome, QueueArray) and known is None:
+        if isinstance(outcome, QueueArray) and known is None and outcome.eventfd_ids:
             known = outcome.layout
     for path, facts in wanted.items():
         found[path] = MapError(
@@ -206,8 +206,7 @@ def _prove(
         size = layouts.notifier_size(parts, layout.owner, states)
         if size is None:
             return MapError(
-                f"{name}: its queues have no notifiers that are open eventfds of QEMU "
-                "(ioeventfd=off, or the machine is paused)"
+                f"{name}: what stands where its queues' notifiers should is no open eventfd of QEMU"
             )
         layout = replace(layout, notifier_size=size)
     elements = tuple(layouts.decode(layout, part) for part in parts)

@@ -261,6 +261,17 @@ class VmmSession:
                 return f"its {event} notifier (fd {notifier.fd}) is another file now"
         return None
 
+    def check_running(self, monitor: Monitor | None = None) -> None:
+        """Raise QueueNotReadyError where the machine does not run, now or when it was mapped."""
+        state = self.run_state if not self.running else ""
+        if monitor is not None and self.running:
+            status = monitor.execute("query-status")
+            state = "" if status["running"] else status["status"]
+        if state:
+            raise QueueNotReadyError(
+                f"{self.machine.name} is not running (QEMU: {state}): nothing was written"
+            )
+
     def _paused(self) -> str | None:
         """Return the run state if the machine does not run; None if it does, or cannot be asked."""
         try:

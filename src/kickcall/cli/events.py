@@ -1,0 +1,135 @@
+"""Injecting: `kickcall kick` and `kickcall call`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kickcall.cli.arguments import DeviceArgument, JsonOption, MachineArgument
+from kickcall.cli.output import plain, print_json
+from kickcall.model import DeviceEvent
+
+if TYPE_CHECKING:
+    from kickcall.model import Counters, Injection
+
+WATCH_S = 0.1
+"""Seconds that a queue is watched after an event."""
+
+QueueOption = Annotated[
+    int, typer.Option("--queue", "-q", min=0, help="The queue's number.", show_default=False)
+]
+ViaOption = Annotated[
+    str, typer.Option("--via", help="The way: auto, qmp, eventfd or ioport.", metavar="WAY")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
+]
+
+
+def kick(
+    machine: MachineArgument,
+    device: DeviceArgument,
+    queue: QueueOption,
+    via: ViaOption = "auto",
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Kick a queue: make the device look at what the driver published.
+
+    \b
+    kickcall kick vm0 vscsi0 --queue 3
+    kickcall kick vm0 /machine/peripheral/vscsi0 --queue 3 --dry-run
+    """
+    _raise(machine, device, DeviceEvent.KICK, queue, via, dry_run, json)
+
+
+def call(
+    machine: MachineArgument,
+    device: DeviceArgument,
+    queue: QueueOption,
+    via: ViaOption = "auto",
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Call a queue: make the driver look at what the device completed.
+
+    \b
+    kickcall call vm0 vscsi0 --queue 3
+    kickcall call vm0 vscsi0 --queue 3 --via eventfd --json
+    """
+    _raise(machine, device, DeviceEvent.CALL, queue, via, dry_run, json)
+
+
+def _raise(
+    machine: str,
+    device: str,
+    event: DeviceEvent,
+    queue: int,
+    via: str,
+    dry_run: bool,
+    json: bool,
+) -> None:
+    from kickcall.attach import attach
+
+    with attach(machine) as attached:
+        result = attached.device_event(
+            device, event, queue, via=via, dry_run=dry_run, watch_s=WATCH_S
+        )
+    if json:
+        print_json(_to_json(result))
+    else:
+        _tell(result)
+
+
+def _to_json(result: Injection) -> dict[str, object]:
+    return {
+        "machine": result.machine,
+        "device": result.device,
+        "queue": result.queue,
+        "event": result.event,
+        "via": result.via,
+        "eventfd_id": result.eventfd_id,
+        "target": result.target,
+        "dry_run": result.dry_run,
+        "before": result.before,
+        "after": result.after,
+    }
+
+
+def _tell(result: Injection) -> None:
+    where = f"queue {result.queue} of {plain(result.device)} on {plain(result.machine)}"
+    if result.dry_run:
+        typer.echo(f"would {result.event} {where} via {result.via}: {result.target}")
+        typer.echo(f"  now     {_counters(result.before)}")
+        return
+    done = "kicked" if result.event is DeviceEvent.KICK else "called"
+    typer.echo(f"{done} {where} via {result.via}: {result.target}")
+    typer.echo(f"  before  {_counters(result.before)}")
+    typer.echo(f"  after   {_counters(result.after)}  ({WATCH_S * 1000:.0f} ms later)")
+    typer.echo(f"  {_meaning(result)}")
+
+
+def _counters(counters: Counters) -> str:
+    return "  ".join(
+        f"{name} {plain(value)}"
+        for name, value in (
+            ("count", counters.count),
+            ("avail.idx", counters.avail_idx),
+            ("used.idx", counters.used_idx),
+        )
+    )
+
+
+def _meaning(result: Injection) -> str:
+    """Return in words what the queue did after the event."""
+    before, after = result.before, result.after
+    if after.used_idx != before.used_idx:
+        return "the device completed work: used.idx moved"
+    if after.avail_idx != before.avail_idx:
+        return "the driver published work: avail.idx moved"
+    if after.avail_idx is None:
+        return "the ring's indices could not be read"
+    if result.event is DeviceEvent.KICK and after.avail_idx != after.used_idx:
+        return "the device did not complete what is outstanding"
+    return "the queue did not move"

@@ -1,0 +1,255 @@
+"""Looking: `kickcall vms`, `kickcall show`, `kickcall eventfd`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kickcall.cli.arguments import JsonOption, MachineArgument, OptionalDevice
+from kickcall.cli.output import plain, print_json, print_table
+
+if TYPE_CHECKING:
+    from kickcall.attach import AttachedDevice, AttachedMachine
+    from kickcall.model import NotifierState, QueueState
+
+
+def vms(json: JsonOption = False) -> None:
+    """List every QEMU on this host. Asks no monitor.
+
+    \b
+    kickcall vms
+    kickcall vms --json
+    """
+    from kickcall.vmm.find import find
+    from kickcall.vmm.served import served_monitor
+
+    found = find()
+    served = {machine.pid: served_monitor(machine.pid, machine.start_time) for machine in found}
+    if json:
+        machines = [
+            {
+                "pid": machine.pid,
+                "name": machine.name,
+                "version": machine.version,
+                "monitors": [address.path for address in machine.monitors],
+                "served_at": served[machine.pid],
+            }
+            for machine in found
+        ]
+        print_json({"machines": machines})
+        return
+    if not found:
+        typer.echo("no QEMU runs on this host (or this /proc does not show it)")
+        return
+    rows = []
+    for machine in found:
+        monitors = [address.path for address in machine.monitors]
+        if served[machine.pid] is not None:
+            monitors.append(f"{served[machine.pid]} (kickcall qmp)")
+        rows.append(
+            (machine.pid, machine.name, machine.version or None, "\n".join(monitors) or None)
+        )
+    print_table(("#pid", "name", "QEMU", "QMP monitors"), _lines(rows))
+
+
+def _lines(rows: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """Return rows in which the last cell's lines each have a row of their own."""
+    spread: list[tuple[object, ...]] = []
+    for *cells, last in rows:
+        first, *rest = str(last).split("\n") if last is not None else [None]
+        spread.append((*cells, first))
+        spread.extend((*("" for _ in cells), line) for line in rest)
+    return spread
+
+
+def _chosen(machine: AttachedMachine, device: str | None) -> tuple[AttachedDevice, ...]:
+    return machine.devices() if device is None else (machine.device(device),)
+
+
+def show(machine: MachineArgument, device: OptionalDevice = None, json: JsonOption = False) -> None:
+    """Show where each queue stands: what the driver published and the device completed.
+
+    \b
+    kickcall show vm0
+    kickcall show vm0 vscsi0
+    kickcall show qmp:/run/vm0.qmp vscsi0 --json
+    """
+    from kickcall.attach import attach
+
+    with attach(machine) as attached:
+        devices = [
+            (one, [queue.state() for queue in one.queues()]) for one in _chosen(attached, device)
+        ]
+        if json:
+            print_json(_show_json(attached, devices))
+            return
+        info = attached.info
+        typer.echo(
+            f"{plain(info.name)}  pid {info.pid}  QEMU {plain(info.version)}  {attached.run_state}"
+        )
+        for one, states in devices:
+            _print_device(one, states)
+
+
+def _show_json(
+    attached: AttachedMachine, devices: list[tuple[AttachedDevice, list[QueueState]]]
+) -> dict[str, Any]:
+    info = attached.info
+    return {
+        "machine": info.name,
+        "pid": info.pid,
+        "version": info.version,
+        "run_state": attached.run_state,
+        "devices": [
+            {
+                "device": one.info.path,
+                "id": one.info.id,
+                "kind": one.info.kind,
+                "backend": one.info.backend,
+                "num_queues": one.info.num_queues,
+                "driver_ok": one.info.driver_ok,
+                "event_idx": one.info.event_idx,
+                "refusal": one.refusal or None,
+                "queues": states,
+            }
+            for one, states in devices
+        ],
+    }
+
+
+def _print_device(device: AttachedDevice, states: list[QueueState]) -> None:
+    info = device.info
+    suppression = "event index" if info.event_idx else "flags"
+    typer.echo(
+        f"\n{plain(info.id)}  {plain(info.kind)}, {info.backend}, {info.layout}, {suppression}, "
+        f"{len(states)} of {info.num_queues} queues set up"
+    )
+    if device.refusal:
+        typer.echo(f"  {plain(device.refusal)}")
+    if not states:
+        return
+    print_table(
+        (
+            "#queue",
+            "#size",
+            "#avail",
+            "#fetched",
+            "#used",
+            "#outstanding",
+            "kick wanted",
+            "call wanted",
+            "#kick count",
+            "#call count",
+        ),
+        [
+            (
+                state.queue,
+                state.size,
+                _index(state, state.avail_idx),
+                _index(state, state.last_avail_idx),
+                _index(state, state.used_idx),
+                state.outstanding,
+                _wanted(state, state.avail_event, state.used_flags),
+                _wanted(state, state.used_event, state.avail_flags),
+                _count(state.kick),
+                _count(state.call),
+            )
+            for state in states
+        ],
+    )
+    for state in states:
+        for note in state.notes:
+            typer.echo(f"  queue {state.queue}: {plain(note)}")
+
+
+def _index(state: QueueState, value: int | None) -> str | None:
+    """Return an index as people read it: a packed position as OFFSET and wrap counter."""
+    if value is None:
+        return None
+    return str(value) if state.layout == "split" else f"{value & 0x7FFF}w{value >> 15}"
+
+
+def _wanted(state: QueueState, event: int | None, flags: int | None) -> str | None:
+    """Return when the other side wants its notification (virtio 1.4, 2.7.7, 2.7.10, 2.8.10)."""
+    if flags is None:
+        return None
+    if state.layout == "packed":
+        modes = {0: "always", 1: "never", 2: f"at {_index(state, event)}"}
+        return modes.get(flags, "reserved")
+    if event is not None:
+        return f"past {event}"
+    return "never" if flags & 1 else "always"
+
+
+def _count(state: NotifierState | None) -> int | None:
+    return None if state is None else state.count
+
+
+def eventfd(
+    machine: MachineArgument, device: OptionalDevice = None, json: JsonOption = False
+) -> None:
+    """Show each queue's notifiers, and every process that holds them.
+
+    \b
+    kickcall eventfd vm0
+    kickcall eventfd vm0 vub0 --json
+    """
+    from kickcall.attach import attach
+    from kickcall.host.eventfds import holders_of
+    from kickcall.model import DeviceEvent
+
+    with attach(machine) as attached:
+        found = []
+        for one in _chosen(attached, device):
+            for queue in one.queues():
+                state = queue.state()
+                for event, notifier, now in (
+                    (DeviceEvent.KICK, queue.map.kick, state.kick),
+                    (DeviceEvent.CALL, queue.map.call, state.call),
+                ):
+                    if notifier is not None and now is not None:
+                        found.append((one.info, queue.map.index, event, notifier, now))
+        holders, hidden = holders_of({notifier.eventfd_id for _, _, _, notifier, _ in found})
+        entries = [
+            {
+                "device": info.path,
+                "id": info.id,
+                "queue": index,
+                "event": event,
+                "eventfd_id": notifier.eventfd_id,
+                "fd": notifier.fd,
+                "count": now.count,
+                "flags": now.flags,
+                "semaphore": now.semaphore,
+                "holders": holders[notifier.eventfd_id],
+            }
+            for info, index, event, notifier, now in found
+        ]
+        if json:
+            print_json(
+                {"machine": attached.info.name, "notifiers": entries, "hidden_processes": hidden}
+            )
+            return
+        print_table(
+            ("device", "#queue", "event", "#eventfd id", "#fd", "#count", "flags", "held by"),
+            [
+                (
+                    entry["id"],
+                    entry["queue"],
+                    entry["event"],
+                    entry["eventfd_id"],
+                    entry["fd"],
+                    entry["count"],
+                    f"{entry['flags']:#o}",
+                    _holders(holders[notifier.eventfd_id]),
+                )
+                for entry, (_, _, _, notifier, _) in zip(entries, found, strict=True)
+            ],
+        )
+        if hidden:
+            typer.echo(f"{hidden} processes could not be looked at: run as root to see all holders")
+
+
+def _holders(holders: tuple[Any, ...]) -> str:
+    return ", ".join(f"{plain(holder.comm)}[{holder.pid}] fd {holder.fd}" for holder in holders)

@@ -1,0 +1,49 @@
+"""How facts are printed: one table style for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+def print_json(value: Any) -> None:
+    """Print `value` (dataclasses included) as one JSON document."""
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under their columns. Columns whose name starts with `#` are numbers.
+
+    Names come from machines and may hold anything: they are printed as text, control characters
+    left out, never as markup.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.removeprefix("#"),
+            justify="right" if column.startswith("#") else "left",
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    console = Console(soft_wrap=False)
+    if not console.is_terminal:
+        # A pipe has no width; a table that is cut to 80 columns loses what was asked for.
+        console = Console(width=200)
+    console.print(table)
+
+
+def plain(value: object) -> str:
+    """Return `value` as text without control characters; `-` where it is not known."""
+    if value is None:
+        return "-"
+    return "".join(char if char.isprintable() else "�" for char in str(value))
