@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 from kickcall.devices.base import device_class, parse_event
-from kickcall.errors import DeviceNotFoundError, QueueNotReadyError, UsageError
+from kickcall.errors import DeviceNotFoundError, UsageError
 from kickcall.model import DeviceEvent, Via
 from kickcall.vmm import observe
 from kickcall.vmm.find import resolve
@@ -144,11 +144,6 @@ class AttachedDevice:
         Raises QueueNotFoundError, QueueNotReadyError, or MapError where its notifiers could not be
         proved.
         """
-        if not self._session.running and self._mapped.array is None:
-            raise QueueNotReadyError(
-                f"{self._session.machine.name} is not running (QEMU: {self._session.run_state}): "
-                "its notifiers are switched off"
-            )
         return AttachedQueue(self._session, self._mapped, self._mapped.queue_map(index))
 
     def queues(self) -> tuple[AttachedQueue, ...]:

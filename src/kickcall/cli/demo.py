@@ -18,7 +18,7 @@ from kickcall.errors import KickcallError, LabError
 from kickcall.model import DeviceEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from kickcall.lab.guest import Command
@@ -71,7 +71,7 @@ def demo(
 def _lose_and_repair(machine: LabMachine, listen: Path, event: DeviceEvent) -> bool:
     """Lose one notification on the way between QEMU and the back-end, and raise it again."""
     sides = "QEMU to the back-end" if event is DeviceEvent.KICK else "the back-end to QEMU"
-    _say(f"The next {event} is lost between {sides}, and the guest reads again:")
+    _say(f"The next {event} from {sides} is lost, and the guest reads again:")
     machine.relay(_DEVICE).drop(event, queue=0)
     reader = _read(machine)
     machine.relay(_DEVICE).wait_for(event, 0, dropped=1)
@@ -107,8 +107,9 @@ def _lose_and_repair(machine: LabMachine, listen: Path, event: DeviceEvent) -> b
 
 
 def _read(machine: LabMachine) -> Command:
-    disk = machine.disk(_DEVICE)
-    return machine.guest.start(f"dd if={disk} of=/dev/null bs=4k count=1 iflag=direct")
+    command = f"dd if={machine.disk(_DEVICE)} of=/dev/null bs=4k count=1 iflag=direct"
+    typer.echo(f"  guest: # {command}")
+    return machine.guest.start(command)
 
 
 def _say(text: str) -> None:
@@ -116,7 +117,7 @@ def _say(text: str) -> None:
 
 
 def _indent(text: str) -> str:
-    return "\n".join(f"  guest: {line}" for line in text.splitlines() if "records" not in line)
+    return "\n".join(f"  guest: {line}" for line in text.splitlines())
 
 
 def _kickcall(*arguments: str) -> list[str]:
@@ -158,7 +159,7 @@ def _served(name: str, listen: Path) -> Iterator[None]:
         server.communicate()
 
 
-def _ask(path: Path, command: dict[str, object]) -> dict[str, object]:
+def _ask(path: Path, command: Mapping[str, object]) -> dict[str, object]:
     """Send one QMP command as any client would: greet, negotiate, ask."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(_REPAIR_S)

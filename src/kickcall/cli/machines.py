@@ -10,6 +10,8 @@ from kickcall.cli.arguments import JsonOption, MachineArgument, OptionalDevice
 from kickcall.cli.output import plain, print_json, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kickcall.attach import AttachedDevice, AttachedMachine
     from kickcall.model import NotifierState, QueueState
 
@@ -53,7 +55,7 @@ def vms(json: JsonOption = False) -> None:
     print_table(("#pid", "name", "QEMU", "QMP monitors"), _lines(rows))
 
 
-def _lines(rows: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+def _lines(rows: Sequence[tuple[object, ...]]) -> list[tuple[object, ...]]:
     """Return rows in which the last cell's lines each have a row of their own."""
     spread: list[tuple[object, ...]] = []
     for *cells, last in rows:

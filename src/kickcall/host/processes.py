@@ -66,7 +66,7 @@ class Process:
         self.start_time = started
 
     def alive(self) -> bool:
-        """Tell whether the process still runs; a pidfd of an ended one is readable (pidfd_open(2))."""
+        """Tell whether the process still runs: the pidfd of an ended one polls readable."""
         return not self._poll.poll(0)
 
     def check_alive(self) -> None:
