@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import kickcall
 from kickcall.errors import (
+    DeviceNotFoundError,
     KickcallError,
+    MapError,
     MonitorGoneError,
     MonitorTimeoutError,
-    StaleMapError,
+    QueueNotFoundError,
+    QueueNotReadyError,
 )
 
 if TYPE_CHECKING:
@@ -128,8 +131,9 @@ class EventExecutor:
         machine = self._ready()
         try:
             machine.device_event(request.dev, request.event, request.queue)
-        except StaleMapError:
-            # The guest rebooted or reset the device. Nothing was written; look again, once.
+        except (MapError, DeviceNotFoundError, QueueNotFoundError, QueueNotReadyError):
+            # The machine was mapped some time ago. Since then the guest may have rebooted, a
+            # device been plugged in, a driver set its queues up. Nothing was written: look again.
             machine.refresh()
             machine.device_event(request.dev, request.event, request.queue)
 
