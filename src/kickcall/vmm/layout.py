@@ -174,10 +174,16 @@ def _with_owner(
     owner_words: Iterable[int] | None,
     read: Callable[[int, int], bytes | None],
 ) -> Iterator[tuple[Layout, int]]:
+    bases = set()
     for position, base in enumerate(owner_words or ()):
         desc = hit - queue * stride - base
         if not 16 <= desc <= 64 or desc % 8:
             continue
+        if base in bases:
+            # The device's own struct follows its VirtIODevice and may hold the pointer again:
+            # VirtIORNG keeps its only queue, so `&vdev->vq[0]`, there (hw/virtio/virtio-rng.h).
+            continue
+        bases.add(base)
         num = read(base + queue * stride, 4)
         if num is None or struct.unpack("<I", num)[0] != rings.num:
             continue
