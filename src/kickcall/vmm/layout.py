@@ -127,16 +127,6 @@ def _slot(raw: bytes, offset: int, size: int) -> Slot:
     return Slot(rfd, wfd, raw[offset + 8] == 1)
 
 
-def needle(rings: Rings) -> tuple[bytes, int]:
-    """Return the bytes to search for a queue's three addresses, and their offset from `desc`.
-
-    Zero bytes at the ends are left off: most memory is zero, and the search would stop at each.
-    """
-    raw = struct.pack("<3Q", rings.desc, rings.avail, rings.used)
-    trimmed = raw.strip(b"\0")
-    return trimmed, len(raw) - len(raw.lstrip(b"\0"))
-
-
 def derive(
     window: bytes, hit: int, queue: int, rings: Rings, read: Callable[[int, int], bytes | None]
 ) -> Iterator[tuple[Layout, int]]:
@@ -219,9 +209,8 @@ def notifier_size(raw: list[bytes], owner_at: int, open_eventfds: Iterable[int])
         ]
         used = [slot for slot in slots if slot.initialized]
         unused = [slot for slot in slots if not slot.initialized]
-        if (
-            all(slot.rfd == slot.wfd and slot.rfd in fds for slot in used)
-            and all((slot.rfd, slot.wfd) in ((0, 0), (-1, -1)) for slot in unused)
+        if all(slot.rfd == slot.wfd and slot.rfd in fds for slot in used) and all(
+            (slot.rfd, slot.wfd) in ((0, 0), (-1, -1)) for slot in unused
         ):
             fitting.append(size)
     unused_anyway = len(fitting) == 2 and not any(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     _Read = Callable[[int, int], bytes | None]
 
 _SLAB = 4 << 20
+_HITS_MAX = 2000
+"""A guest chooses where its rings are, and may choose numbers that stand everywhere."""
 _MMAPPED_DESC = 16 + 16
 """malloc's header, then what precedes `desc` in a VRing (num, num_default, align, padding)."""
 _PATH_POINTERS = 256
@@ -68,10 +71,12 @@ def find_arrays(
     if not wanted:
         return found
     states = eventfds.eventfds_of(pid)
-    for hit, facts in _hits(pid, wanted, guest_ram):
-        if facts.backend_path not in wanted:
+    looked_at: Counter[str] = Counter()
+    for hit, queue, facts in _hits(pid, wanted, guest_ram):
+        if facts.backend_path not in wanted or looked_at[facts.backend_path] >= _HITS_MAX:
             continue
-        outcome = _prove(pid, hit, facts, states, known)
+        looked_at[facts.backend_path] += 1
+        outcome = _prove(pid, hit, queue, facts, states, known)
         if outcome is None:
             continue
         found[facts.backend_path] = outcome
@@ -104,8 +109,8 @@ def _allocations(
 
 def _hits(
     pid: int, wanted: Mapping[str, DeviceFacts], guest_ram: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, DeviceFacts]]:
-    """Yield each address where the ring addresses of a device's first known queue may stand.
+) -> Iterator[tuple[int, int, DeviceFacts]]:
+    """Yield each address where the ring addresses of one queue of a device stand, and its number.
 
     `wanted` may shrink while this runs: who is no longer in it is no longer searched for.
     """
@@ -115,14 +120,13 @@ def _hits(
         yield from _hits_anywhere(pid, wanted, mappings)
 
 
-def _first_rings(facts: DeviceFacts) -> tuple[int, Rings]:
-    queue = min(facts.queues)
-    return queue, facts.queues[queue].rings
+def _pattern(rings: Rings) -> bytes:
+    return struct.pack("<3Q", rings.desc, rings.avail, rings.used)
 
 
 def _hits_at_page_starts(
     pid: int, wanted: Mapping[str, DeviceFacts], where: Sequence[memory.Mapping]
-) -> Iterator[tuple[int, DeviceFacts]]:
+) -> Iterator[tuple[int, int, DeviceFacts]]:
     """An array is 150 KB: glibc gives it a mapping of its own as long as its threshold is low.
 
     Then it starts 16 bytes into a page, and one look at each page is enough (malloc(3),
@@ -130,37 +134,45 @@ def _hits_at_page_starts(
     """
     if not wanted or not where:
         return
-    texts = {}
-    for facts in wanted.values():
-        queue, rings = _first_rings(facts)
-        if queue == 0:
-            texts[struct.pack("<3Q", rings.desc, rings.avail, rings.used)] = facts
+    texts = {
+        _pattern(facts.queues[0].rings): facts for facts in wanted.values() if 0 in facts.queues
+    }
     runs = memory.present_runs(pid, where)
     for start, slab in memory.slabs(pid, runs, _SLAB, 0):
         for at in range(_MMAPPED_DESC, len(slab), mmap.PAGESIZE):
             facts_here = texts.get(slab[at : at + 24])
             if facts_here is not None:
-                yield start + at, facts_here
+                yield start + at, 0, facts_here
 
 
 def _hits_anywhere(
     pid: int, wanted: Mapping[str, DeviceFacts], where: Sequence[memory.Mapping]
-) -> Iterator[tuple[int, DeviceFacts]]:
+) -> Iterator[tuple[int, int, DeviceFacts]]:
+    """Search for the queue of each device whose addresses have the fewest zero bytes.
+
+    The zero bytes at the ends are not searched for: most memory is zero, and the search would stop
+    at each.
+    """
     if not wanted or not where:
         return
-    needles = {path: layouts.needle(_first_rings(facts)[1]) for path, facts in wanted.items()}
+    needles = {}
+    for path, facts in wanted.items():
+        patterns = {number: _pattern(told.rings) for number, told in facts.queues.items()}
+        queue = min(patterns, key=lambda number: patterns[number].count(0))
+        text = patterns[queue]
+        needles[path] = (queue, text, text.strip(b"\0"), len(text) - len(text.lstrip(b"\0")))
     for start, slab in memory.slabs(pid, memory.present_runs(pid, where), _SLAB, 24):
         for path in list(wanted):
             facts = wanted[path]
-            text, offset = needles[path]
-            at = slab.find(text)
+            queue, text, needle, offset = needles[path]
+            at = slab.find(needle)
             while at >= 0:
-                hit = start + at - offset
-                if hit % 8 == 0:
-                    yield hit, facts
+                found = at - offset
+                if found >= 0 and found % 8 == 0 and slab.startswith(text, found):
+                    yield start + found, queue, facts
                     if path not in wanted:
                         break
-                at = slab.find(text, at + 1)
+                at = slab.find(needle, at + 1)
         if not wanted:
             return
 
@@ -168,11 +180,12 @@ def _hits_anywhere(
 def _prove(
     pid: int,
     hit: int,
+    queue: int,
     facts: DeviceFacts,
     states: Mapping[int, NotifierState],
     known: Layout | None,
 ) -> QueueArray | MapError | None:
-    """Return the array whose queue lies at `hit`; None where `hit` is no array of the device.
+    """Return the array that has queue number `queue` at `hit`; None where that is no such array.
 
     A MapError says that it is the device's array, and that something in it is not as it must be.
     """
@@ -180,7 +193,7 @@ def _prove(
     def read(address: int, length: int) -> bytes | None:
         return memory.read(pid, address, length)
 
-    queue, rings = _first_rings(facts)
+    rings = facts.queues[queue].rings
     if known is not None:
         candidates = _with_layout(known, hit, queue, read)
     else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from kickcall.errors import (
     KickcallError,
+    MachineGoneError,
     MapError,
     MonitorError,
     QueueNotFoundError,
@@ -101,6 +102,8 @@ class VmmSession:
         self.process = Process(machine.pid)
         self._duplicates: dict[int, int] = {}
         try:
+            if self.process.start_time != machine.start_time:
+                raise MachineGoneError(f"process {machine.pid} ended, and its pid is another's now")
             self.refresh()
         except BaseException:
             self.process.close()
