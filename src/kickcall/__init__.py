@@ -14,16 +14,19 @@ from kickcall.errors import KickcallError
 from kickcall.model import DeviceEvent, Via
 
 if TYPE_CHECKING:
-    from kickcall.attach import attach
+    from kickcall.attached import attach
 
 __version__ = "0.1.0"
 __all__ = ["DeviceEvent", "KickcallError", "Via", "__version__", "attach"]
 
 
 def __getattr__(name: str) -> object:
-    """Load `attach` and all that it needs only when it is used: the command line starts fast."""
+    """Load `attach` and all that it needs only when it is used: the command line starts fast.
+
+    No submodule may be called `attach`: importing it would put the module in the function's place.
+    """
     if name == "attach":
-        from kickcall.attach import attach
+        from kickcall.attached import attach
 
         return attach
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+import kickcall
+
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "kickcall"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 NOUNS = {"model", "errors"}
 CORE = NOUNS | {"virtio", "host", "vmm", "devices"}
-# The package itself (`import kickcall`) is the public API: it stands where `attach` does.
-PUBLIC = CORE | {"attach", "kickcall"}
+# The package itself (`import kickcall`) is the public API: it stands where `attached` does.
+PUBLIC = CORE | {"attached", "kickcall"}
 MAY_IMPORT = {
     "model": set(),
     "errors": {"model"},
@@ -21,11 +23,12 @@ MAY_IMPORT = {
     "host": NOUNS,
     "vmm": NOUNS | {"virtio", "host"},
     "devices": NOUNS | {"virtio", "host", "vmm"},
-    "attach": CORE,
-    "kickcall": CORE | {"attach"},
+    "attached": CORE,
+    "kickcall": CORE | {"attached"},
     "lab": PUBLIC,
     "qmp": PUBLIC,
     "cli": PUBLIC | {"lab", "qmp"},
+    "__main__": {"cli"},
 }
 DOES_IO = {
     "asyncio",
@@ -113,6 +116,12 @@ def test_the_core_is_synchronous(file: Path) -> None:
 @pytest.mark.parametrize("file", [f for f in FILES if not is_in(f, PRINTS)], ids=name)
 def test_only_the_command_line_prints(file: Path) -> None:
     assert libraries_imported(file) & {"typer", "rich", "click"} == set()
+
+
+@pytest.mark.parametrize("public", kickcall.__all__)
+def test_no_module_takes_the_place_of_a_public_name(public: str) -> None:
+    # Importing `kickcall.attach` the module would replace `kickcall.attach` the function.
+    assert not (PACKAGE / f"{public}.py").exists()
 
 
 def test_the_table_itself_has_one_direction() -> None:

@@ -70,7 +70,7 @@ def _raise(
     dry_run: bool,
     json: bool,
 ) -> None:
-    from kickcall.attach import attach
+    from kickcall.attached import attach
 
     with attach(machine) as attached:
         result = attached.device_event(

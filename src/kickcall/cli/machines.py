@@ -12,7 +12,7 @@ from kickcall.cli.output import plain, print_json, print_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kickcall.attach import AttachedDevice, AttachedMachine
+    from kickcall.attached import AttachedDevice, AttachedMachine
     from kickcall.model import NotifierState, QueueState
 
 
@@ -77,7 +77,7 @@ def show(machine: MachineArgument, device: OptionalDevice = None, json: JsonOpti
     kickcall show vm0 vscsi0
     kickcall show qmp:/run/vm0.qmp vscsi0 --json
     """
-    from kickcall.attach import attach
+    from kickcall.attached import attach
 
     with attach(machine) as attached:
         devices = [
@@ -197,7 +197,7 @@ def eventfd(
     kickcall eventfd vm0
     kickcall eventfd vm0 vub0 --json
     """
-    from kickcall.attach import attach
+    from kickcall.attached import attach
     from kickcall.host.eventfds import holders_of
     from kickcall.model import DeviceEvent
 
