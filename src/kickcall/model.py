@@ -219,3 +219,79 @@ class Injection:
     dry_run: bool = False
     target: str = ""
     """What was written to, in words: `eventfd 1234 (fd 27)`, `I/O port 0xc010`."""
+
+
+class VerdictKind(enum.StrEnum):
+    """What can be said of a queue. See docs/verdicts/."""
+
+    IDLE = "idle"
+    PROGRESSING = "progressing"
+    VM_NOT_RUNNING = "vm-not-running"
+    DEVICE_NOT_READY = "device-not-ready"
+    UNKNOWN = "unknown"
+    KICK_SUPPRESSED = "kick-suppressed"
+    LOST_KICK = "lost-kick"
+    KICK_UNREAD = "kick-unread"
+    BACKEND_GONE = "backend-gone"
+    DEVICE_STUCK = "device-stuck"
+    CALL_SUPPRESSED = "call-suppressed"
+    LOST_CALL = "lost-call"
+    INTERRUPT_BLOCKED = "interrupt-blocked"
+    DRIVER_STUCK = "driver-stuck"
+    RING_CORRUPT = "ring-corrupt"
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the verdict says that something is wrong."""
+        return self not in _HEALTHY
+
+
+_HEALTHY = frozenset(
+    {
+        VerdictKind.IDLE,
+        VerdictKind.PROGRESSING,
+        VerdictKind.VM_NOT_RUNNING,
+        VerdictKind.DEVICE_NOT_READY,
+        VerdictKind.UNKNOWN,
+    }
+)
+
+
+class Confidence(enum.StrEnum):
+    """How a verdict was reached."""
+
+    OBSERVED = "observed"
+    CONFIRMED = "confirmed"
+    """The event that the verdict names was injected, and the queue moved."""
+    REFUTED = "refuted"
+    """The event that the verdict names was injected, and nothing moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One value that a verdict rests on."""
+
+    what: str
+    """As the spec or the kernel calls it: `avail.idx`, `eventfd-count of the kick notifier`."""
+    value: int | str | None
+    at: float
+    """When it was read, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is wrong with a queue, on which hop of the path, and why we say so."""
+
+    device: str
+    queue: int
+    verdict: VerdictKind
+    hop: int
+    """1 to 10 (docs/path.md); 0 where no hop is broken, or none can be named."""
+    since_s: float
+    """Seconds for which the queue has been seen in this state."""
+    evidence: tuple[Evidence, ...]
+    remedy: str
+    """What to do next, as a command or a sentence."""
+    confidence: Confidence = Confidence.OBSERVED
+    event: DeviceEvent | None = None
+    """The event that a probe would inject; None where none would help or tell anything."""

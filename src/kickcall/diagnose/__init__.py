@@ -1,0 +1,1 @@
+"""States in, verdict out. Pure: no clock, no I/O."""
