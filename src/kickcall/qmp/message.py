@@ -7,6 +7,7 @@ be equal, so each request goes up with an id of ours. The client's own travels i
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -125,43 +126,48 @@ class Answer:
 
 def answer(line: bytes) -> Answer:
     """Take apart one reply from QEMU. Raises msgspec.DecodeError."""
-    reply = _decode_reply(line)
+    try:
+        readable = line
+        reply = _decode_reply(line)
+    except msgspec.DecodeError:
+        # QEMU echoes an id of 1e999 as `inf`, which is no JSON. Its place is what counts here.
+        readable = _NOT_JSON.sub(_finite, line)
+        reply = _decode_reply(readable)
     result = None if reply.result is msgspec.UNSET else reply.result
     error = None if reply.error is msgspec.UNSET else reply.error
     if reply.id is msgspec.UNSET:
         return Answer(None, None, line, result, error)
     raw = bytes(reply.id)
-    echo = None
-    if raw[:1] == b"[":
-        digits, _, rest = raw[1:].partition(b",")
-        echo = rest.strip()[:-1].rstrip()
-    else:
-        digits = raw
-    if not digits.isdigit():
-        return Answer(None, None, line, result, error)
-    return Answer(int(digits), echo, _with_id(line, raw, echo, result, error), result, error)
-
-
-def _with_id(
-    line: bytes,
-    raw: bytes,
-    echo: bytes | None,
-    result: msgspec.Raw | None,
-    error: msgspec.Raw | None,
-) -> bytes:
     # QEMU writes a dict in the order of its hash table: the id stands first beside an error and
     # last beside a result, in every version so far. The general way out is at the end.
     head, tail = b'{"id": ' + raw, b', "id": ' + raw + b"}"
-    if line.startswith(head):
-        rest = line[len(head) :]
-        return b"{" + rest[2:] if echo is None else b'{"id": ' + echo + rest
-    if line.endswith(tail):
-        return line[: -len(tail)] + (b"}" if echo is None else b', "id": %b}' % echo)
-    return (
-        _reply(b"error", bytes(error), echo)
-        if error
-        else _reply(b"return", bytes(result or b"{}"), echo)
-    )
+    if readable.startswith(head):
+        before, after = b'{"id": ', line[len(head) :]
+        without = b"{" + after[2:]
+        raw = line[len(before) : len(head)]
+    elif readable.endswith(tail):
+        before, after = line[: -len(raw) - 1], b"}"
+        without = line[: -len(tail)] + b"}"
+        raw = line[-len(raw) - 1 : -1]
+    else:
+        name, value = (b"error", error) if error is not None else (b"return", result or b"{}")
+        before, after = b'{"%b": %b, "id": ' % (name, bytes(value)), b"}"
+        without = _reply(name, bytes(value), None)
+    if raw[:1] != b"[":
+        number = int(raw) if raw.isdigit() else None
+        return Answer(number, None, line if number is None else without, result, error)
+    digits, _, rest = raw[1:].partition(b",")
+    echo = rest.strip()[:-1].rstrip()
+    if not digits.isdigit():
+        return Answer(None, None, line, result, error)
+    return Answer(int(digits), echo, before + echo + after, result, error)
+
+
+_NOT_JSON: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"|\b(?:inf|nan)\b')
+
+
+def _finite(match: re.Match[bytes]) -> bytes:
+    return match[0] if match[0][:1] == b'"' else b"0.0"
 
 
 def _reply(name: bytes, value: bytes, echo: bytes | None) -> bytes:
@@ -183,9 +189,20 @@ def failure(description: str, echo: bytes | None, error_class: str = "GenericErr
     return _reply(b"error", body, echo)
 
 
-def echo_of(members: Mapping[str, bytes]) -> bytes | None:
-    """Return a client's id for a reply that QEMU has no part in, spaced as QEMU spaces values."""
+_PLAIN: Final = re.compile(rb'0|-?[1-9][0-9]{0,17}|null|true|false|"[ !#-\[\]-~]*+"')
+
+
+def plain_echo(members: Mapping[str, bytes]) -> bytes | None:
+    """Return a client's id if QEMU would write it as it stands. Raises LookupError if not.
+
+    None stands for a client that gave no id.
+    """
     own = members.get("id")
-    if own is None or own[:1] not in b"[{":
+    if own is None or _PLAIN.fullmatch(own):
         return own
-    return msgspec.json.format(own, indent=0)
+    raise LookupError
+
+
+def echo_request(members: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return a request that does nothing but make QEMU echo the same id."""
+    return {"execute": b'"qmp_capabilities"', "id": members["id"]}

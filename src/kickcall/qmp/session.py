@@ -180,11 +180,11 @@ class Session:
             return
         if not self._oob:
             fault = message.check(members, oob_enabled=False) or ""
-            self._write(message.failure(fault, message.echo_of(members)))
+            self._echo(members, lambda echo: self._write(message.failure(fault, echo)))
             return
         if self._hub.serves_event and message.command_of(members) == listing.COMMAND:
             refusal = f"The command {listing.COMMAND} does not support OOB"
-            self._write(message.failure(refusal, message.echo_of(members)))
+            self._echo(members, lambda echo: self._write(message.failure(refusal, echo)))
             return
         self._oob_under_way += 1
 
@@ -220,19 +220,19 @@ class Session:
             if self.negotiated and (self._oob or "exec-oob" not in members):
                 self._forward(members, self._pass)
             else:
-                self._reply(message.failure(fault, message.echo_of(members)))
+                self._echo(members, lambda echo: self._reply(message.failure(fault, echo)))
         elif command == "qmp_capabilities":
             self._forward(members, lambda answer: self._negotiate(members, answer))
         elif not self.negotiated:
-            self._reply(
-                message.failure(
-                    message.EXPECTING_NEGOTIATION, message.echo_of(members), "CommandNotFound"
-                )
+            refusal = message.EXPECTING_NEGOTIATION
+            self._echo(
+                members,
+                lambda echo: self._reply(message.failure(refusal, echo, "CommandNotFound")),
             )
         elif not self._hub.serves_event:
             self._forward(members, self._pass)
         elif command == listing.COMMAND:
-            self._device_event(members)
+            self._echo(members, lambda echo: self._device_event(members, echo))
         elif command == "human-monitor-command":
             self._hmp(members)
         elif command == "query-commands":
@@ -264,6 +264,15 @@ class Session:
         fds, self._fds = self._fds, ()
         return fds
 
+    def _echo(self, members: Mapping[str, bytes], then: Callable[[bytes | None], None]) -> None:
+        """Call `then` with the client's id as QEMU would write it, asking QEMU if need be."""
+        try:
+            echo = message.plain_echo(members)
+        except LookupError:
+            self._forward(message.echo_request(members), lambda answer: then(answer.echo))
+        else:
+            then(echo)
+
     def _pass(self, answer: message.Answer) -> None:
         self._reply(answer.line)
 
@@ -289,8 +298,7 @@ class Session:
 
     # The command that QEMU does not have.
 
-    def _device_event(self, members: Mapping[str, bytes]) -> None:
-        echo = message.echo_of(members)
+    def _device_event(self, members: Mapping[str, bytes], echo: bytes | None) -> None:
         try:
             request = event_command.from_qmp(members.get("arguments", b"{}"))
         except event_command.BadArgumentsError as fault:
@@ -315,14 +323,15 @@ class Session:
             self._forward(members, self._pass)
             return
         line = given.command_line
-        echo = message.echo_of(members)
         if event_command.is_help(line):
             printed = msgspec.json.encode(f"{event_command.HELP}\r\n")
-            self._reply(message.success(printed, echo))
-            return
-        if event_command.hmp_name(line) != listing.COMMAND:
+            self._echo(members, lambda echo: self._reply(message.success(printed, echo)))
+        elif event_command.hmp_name(line) == listing.COMMAND:
+            self._echo(members, lambda echo: self._hmp_event(line, echo))
+        else:
             self._forward(members, self._pass)
-            return
+
+    def _hmp_event(self, line: str, echo: bytes | None) -> None:
         try:
             request = event_command.from_hmp(line)
         except event_command.BadArgumentsError as fault:

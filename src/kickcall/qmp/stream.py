@@ -204,5 +204,5 @@ class MessageStream:
             self._written += raw
 
 
-_FAULT_LIMIT: Final = 1023 - len("JSON parse error, ")
-"""Roughly: QEMU formats the fault into 1024 bytes before it puts the prefix before it."""
+_FAULT_LIMIT: Final = 1023
+"""QEMU formats the fault into 1024 bytes (json-parser.c, parse_error)."""

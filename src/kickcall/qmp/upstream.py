@@ -283,7 +283,8 @@ class Upstream:
         try:
             answer = message.answer(line)
         except (msgspec.DecodeError, RecursionError):
-            return
+            # Nobody can say whose it is but the order; a client that waits is worse off.
+            answer = message.Answer(None, None, line, None, None)
         number = answer.number
         if number is None:
             # QEMU took a request for no JSON: it says so without an id, when its turn comes.
