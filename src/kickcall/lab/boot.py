@@ -81,7 +81,7 @@ def prepare(spec: MachineSpec, qemu: Qemu, *, outlives: bool) -> LabMachine:
         if machine.abandoned:
             machine.close()
     spec = dataclasses.replace(spec, name=spec.name or f"lab-{secrets.token_hex(3)}").complete()
-    me = LabProcess("owner", os.getpid(), process.start_time(os.getpid()) or 0)
+    me = LabProcess("owner", os.getpid(), process.running_since(os.getpid()) or 0)
     machine = LabMachine(_make_folder(spec.name, qemu), spec, owner=None if outlives else me)
     machine.save()
     for device in spec.devices:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kickcall.errors import LabError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -34,11 +36,14 @@ class LabProcess:
 
     @property
     def alive(self) -> bool:
-        return start_time(self.pid) == self.start_time
+        return running_since(self.pid) == self.start_time
 
 
-def start_time(pid: int) -> int | None:
-    """Return field 22 of /proc/PID/stat (proc(5)), or None if the process ended."""
+def running_since(pid: int) -> int | None:
+    """Return field 22 of /proc/PID/stat (proc(5)), or None if the process ended.
+
+    A child that ended and that nobody waited for has ended, too.
+    """
     try:
         # The name (field 2) may contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -64,15 +69,18 @@ def start(what: str, command: Sequence[str], log: Path, *, outlives: bool) -> La
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     with log.open("ab") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=in_child,
-        )
-    started = LabProcess(what, child.pid, start_time(child.pid) or 0)
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=in_child,
+            )
+        except OSError as error:
+            raise LabError(f"the lab cannot start {command[0]}: {error.strerror}") from error
+    started = LabProcess(what, child.pid, running_since(child.pid) or 0)
     # Popen would warn that the process still runs; end() collects it.
     child.returncode = 0
     return started

@@ -40,6 +40,8 @@ _BATCH = 256
 """Commands on their way at once: few enough that neither side's socket buffer fills up."""
 _FIRST_FREE_RAM = 1 << 20
 """Below 1 MiB the PC has holes."""
+_CHUNK = 1 << 20
+"""How much memory is zeroed at once; a divisor of all memory sizes."""
 
 
 def boot_without_guest(
@@ -83,7 +85,7 @@ class Qtest:
                 f"lab machine {machine.name} has no qtest socket: {error.strerror}"
             ) from error
         self._replies = self._socket.makefile("r")
-        self._next_ram = _FIRST_FREE_RAM
+        self._next_ram = self._zeroed_to = _FIRST_FREE_RAM
 
     def device(self, device: str) -> VirtioPciDriver:
         """Return a driver for a virtio device of the machine, by its id."""
@@ -91,11 +93,18 @@ class Qtest:
         return VirtioPciDriver(self, slot=found.slot, kind=found.kind)
 
     def allocate(self, size: int, align: int = 16) -> int:
-        """Return the address of fresh RAM (zeroed by QEMU at its start)."""
+        """Return the address of RAM that holds zeroes and that this connection has not used.
+
+        A new connection begins at the bottom again, so it sets up anew the devices that it uses.
+        """
         address = -(-self._next_ram // align) * align
         self._next_ram = address + size
         if self._next_ram > self._machine.spec.memory_mib << 20:
             raise LabError("the lab machine's memory is used up: raise memory_mib")
+        if self._next_ram > self._zeroed_to:
+            length = -(-(self._next_ram - self._zeroed_to) // _CHUNK) * _CHUNK
+            self.batch([f"memset {self._zeroed_to:#x} {length:#x} 0"])
+            self._zeroed_to += length
         return address
 
     def read(self, address: int, size: int) -> bytes:

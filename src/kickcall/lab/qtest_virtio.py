@@ -36,6 +36,9 @@ RING_EVENT_IDX, VERSION_1, RING_PACKED = 29, 32, 34
 _DESC_NEXT, _DESC_WRITE = 1, 2
 _DESC_AVAIL, _DESC_USED = 1 << 7, 1 << 15
 
+_LANDING_SIZE = 4 * 2048
+"""Room for the most vectors that MSI-X has (PCI 3.0, 6.8.2)."""
+
 
 class Buffer(NamedTuple):
     """A piece of guest memory in a request. `writable`: by the device."""
@@ -232,8 +235,13 @@ class VirtioPciDriver:
         size: int | None = None,
         packed: bool = False,
         event_idx: bool = False,
+        settle: float = 0.05,
     ) -> None:
         """Reset the device, agree on features, and set up its queues with a vector each.
+
+        QEMU kicks every queue once by itself when a driver is ready (hw/virtio/virtio.c,
+        virtio_device_start_ioeventfd_impl); `settle` is how many seconds to leave to iothreads
+        and other processes to take that kick, so that it is not taken for ours.
 
         `queues`: how many, from 0 on (None: all). `size`: entries (None: the device's largest).
         Raises LabError for a feature that the device does not offer.
@@ -261,10 +269,13 @@ class VirtioPciDriver:
         count = has if queues is None else queues
         if count > has:
             raise LabError(f"the device has {has} queues, not {count}")
-        landing = self._qtest.allocate(4 * 2048, 4096)
+        landing = self._qtest.allocate(_LANDING_SIZE, 4096)
         vectors = self._pci.enable_msix(self._bars, landing)
         self.queues = self._set_up_queues(count, size, packed, vectors, landing)
         self._set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK)
+        time.sleep(settle)
+        # A vhost-user back-end also calls at its start, needed or not.
+        self._qtest.batch([f"memset {landing:#x} {_LANDING_SIZE:#x} 0"])
 
     def _set_up_queues(
         self, count: int, size: int | None, packed: bool, vectors: int, landing: int

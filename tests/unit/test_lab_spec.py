@@ -1,0 +1,128 @@
+"""Does a lab machine's description become the QEMU command line that it means?"""
+
+from __future__ import annotations
+
+import pytest
+
+from kickcall.errors import LabError
+from kickcall.lab.spec import (
+    MachineSpec,
+    OtherDevice,
+    VhostUserBlk,
+    VirtioBlk,
+    VirtioNet,
+    VirtioScsi,
+    machine_arguments,
+)
+from kickcall.lab.spec_text import parse_device
+
+
+def arguments(*devices: VirtioBlk | VirtioScsi | VirtioNet | VhostUserBlk) -> list[str]:
+    return machine_arguments(MachineSpec(name="vm0", devices=devices).complete(), "/f")
+
+
+def test_devices_get_ids_and_slots_in_order_around_those_that_are_given() -> None:
+    spec = MachineSpec(
+        devices=(VirtioBlk(), VirtioBlk(id="blk0", slot=3), VirtioBlk(), VirtioScsi())
+    ).complete()
+    assert [(device.id, device.slot) for device in spec.devices] == [
+        ("blk1", 2),
+        ("blk0", 3),
+        ("blk2", 4),
+        ("scsi0", 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "complaint"),
+    [
+        ((VirtioBlk(id="a"), VirtioNet(id="a")), "same id: a"),
+        ((VirtioBlk(slot=5), VirtioNet(slot=5)), "same slot: 0x5"),
+        ((VirtioBlk(),) * 23, "room for 22"),
+    ],
+)
+def test_devices_that_cannot_be_together_are_refused(
+    devices: tuple[VirtioBlk | VirtioNet, ...], complaint: str
+) -> None:
+    with pytest.raises(LabError, match=complaint):
+        MachineSpec(devices=devices).complete()
+
+
+def test_a_device_with_an_iothread_has_one_of_its_own_that_does_not_poll() -> None:
+    command = arguments(VirtioBlk(iothread=True, queues=2))
+    assert "iothread,id=blk0-iothread,poll-max-ns=0" in command
+    assert (
+        "virtio-blk-pci,id=blk0,addr=0x2,drive=blk0-disk,num-queues=2,iothread=blk0-iothread"
+        in command
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "properties"),
+    [
+        (VirtioNet(packed=True, legacy="off"), "packed=on,disable-legacy=on"),
+        (VirtioNet(legacy="only"), "disable-modern=on,disable-legacy=off"),
+        (VirtioNet(event_idx=False, options=("vectors=0",)), "event_idx=off,vectors=0"),
+    ],
+)
+def test_layout_interface_and_raw_properties_reach_qemu(device: VirtioNet, properties: str) -> None:
+    line = arguments(device)[-1]
+    assert line.startswith("virtio-net-pci,")
+    assert line.endswith("," + properties)
+
+
+def test_memory_is_shared_exactly_when_a_vhost_user_device_needs_it() -> None:
+    assert not any("memfd" in word for word in arguments(VirtioBlk()))
+    shared = arguments(VirtioBlk(), VhostUserBlk())
+    assert "memory-backend-memfd,id=ram,size=256M,share=on" in shared
+    assert "q35,memory-backend=ram" in shared
+
+
+def test_qemu_connects_to_the_relay_or_to_the_back_end_itself() -> None:
+    assert "socket,id=vub0-socket,path=/f/vub0.relay" in arguments(VhostUserBlk())
+    direct = arguments(VhostUserBlk(relay=False))
+    assert "socket,id=vub0-socket,path=/f/vub0.backend" in direct
+
+
+def test_the_users_monitors_come_before_the_labs_own() -> None:
+    command = machine_arguments(MachineSpec(name="vm0", monitors=2).complete(), "/f")
+    users = [command[at + 1] for at, word in enumerate(command) if word == "-qmp"]
+    assert users == ["unix:/f/qmp0,server=on,wait=off", "unix:/f/qmp1,server=on,wait=off"]
+    assert command.index("-mon") > command.index(users[1])
+    alone = machine_arguments(MachineSpec(name="vm0", lab_monitor=False).complete(), "/f")
+    assert "-mon" not in alone
+
+
+def test_a_device_is_written_as_its_kind_and_settings() -> None:
+    assert parse_device("virtio-blk,iothread=on,packed=on,queues=2") == VirtioBlk(
+        iothread=True, packed=True, queues=2
+    )
+    assert parse_device("vhost-user-blk,relay=off,disk=file,id=d0") == VhostUserBlk(
+        relay=False, disk="file", id="d0"
+    )
+    assert parse_device("virtio-scsi,legacy=only,event-idx=off") == VirtioScsi(
+        legacy="only", event_idx=False
+    )
+
+
+def test_what_the_lab_does_not_know_is_left_to_qemu() -> None:
+    assert parse_device("virtio-net,vectors=0") == VirtioNet(options=("vectors=0",))
+    assert parse_device("virtio-rng-pci,max-bytes=1") == OtherDevice(
+        driver="virtio-rng-pci", options=("max-bytes=1",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("virtio-blk,packed=maybe", "must be on or off, not 'maybe'"),
+        ("virtio-blk,queues=two", "must be a number, not 'two'"),
+        ("virtio-blk,legacy=never", "must be auto, off or only, not 'never'"),
+        ("virtio-blk,packed", "'packed' .* is not NAME=VALUE"),
+        ("queues=2", "starts with its kind"),
+        ("", "starts with its kind"),
+    ],
+)
+def test_a_device_that_makes_no_sense_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(LabError, match=complaint):
+        parse_device(text)
