@@ -67,7 +67,7 @@ def via_eventfd(
     notifier = _notifier(queue, event)
     if notifier is None:
         return f"queue {queue.index} has no {event} notifier (QEMU does it without an eventfd)"
-    ours = session.hold(notifier)
+    ours = session.hold(mapped, queue, notifier)
 
     def counters() -> Counters:
         # Our own descriptor is the same open eventfd, whatever the VMM does with its number.

@@ -12,7 +12,6 @@ from kickcall.errors import (
     KickcallError,
     MachineGoneError,
     MapError,
-    MonitorError,
     QueueNotFoundError,
     QueueNotReadyError,
     StaleMapError,
@@ -64,7 +63,7 @@ class MappedDevice:
         if self.array is None:
             if queue not in self.facts.queues:
                 raise QueueNotReadyError(
-                    f"{device.id}: {self.refusal or f'the driver never set queue {queue} up'}"
+                    self.refusal or f"{device.id}: the driver never set queue {queue} up"
                 )
             raise MapError(self.refusal)
         element = self.array.elements[queue]
@@ -99,6 +98,8 @@ class VmmSession:
         self.borrow = borrow
         self.monitor_is_ours = monitor_is_ours
         """The monitor is a `kickcall qmp`, not the VMM's own."""
+        self.has_iommu = any(_IOMMU.search(argument) for argument in machine.command)
+        """Whether the machine has a virtual IOMMU: then ring addresses may be virtual."""
         self.process = Process(machine.pid)
         self._duplicates: dict[int, int] = {}
         try:
@@ -127,11 +128,6 @@ class VmmSession:
     def has_command(self, name: str) -> bool:
         """Tell whether the monitor knows the QMP command `name`."""
         return name in self._commands
-
-    @property
-    def has_iommu(self) -> bool:
-        """Whether the machine has a virtual IOMMU: then ring addresses may be virtual."""
-        return any(_IOMMU.search(argument) for argument in self.machine.command)
 
     def _prove_positions(self, monitor: Monitor) -> bool:
         """Tell whether QEMU's record of a device's progress is where `parse_positions` reads it.
@@ -208,13 +204,30 @@ class VmmSession:
                     mapped[facts.backend_path] = MappedDevice(facts, array)
                 else:
                     mapped[facts.backend_path] = MappedDevice(
-                        facts, None, str(array) if array else _unknown(facts)
+                        facts, None, str(array) if array else self._unknown(facts)
                     )
                     if array is not None and self.running and attempt < _MAPPING_TRIES - 1:
                         pending.append(facts.backend_path)
             if not pending:
                 break
         return tuple(mapped[path] for path in sorted(mapped))
+
+    def _unknown(self, facts: virtio.DeviceFacts) -> str:
+        """Return why no queue of the device could be asked for."""
+        device = facts.device
+        if not device.driver_ok:
+            return f"{device.id}: no driver in the guest has set this device up (no DRIVER_OK)"
+        if facts.queues:
+            return ""
+        if not self.running and device.backend is not BackendKind.QEMU:
+            return (
+                f"{device.id} ({device.kind}): {self.machine.name} is not running "
+                f"(QEMU: {self.run_state}), and its back-end has its queues only while it does"
+            )
+        return (
+            f"{device.id} ({device.kind}): its back-end has not started, or is of a kind that "
+            "cannot be asked for its rings without touching it"
+        )
 
     def verify(self, device: MappedDevice, queue: QueueMap, event: DeviceEvent) -> None:
         """Check that `queue`, and its notifier for `event`, are still what was mapped.
@@ -223,15 +236,20 @@ class VmmSession:
         """
         self.process.check_alive()
         reason = self._difference(device, queue, event)
-        if reason is None:
-            return
+        if reason is not None:
+            raise self._refusal(device, queue, reason)
+
+    def _refusal(
+        self, device: MappedDevice, queue: QueueMap, reason: str
+    ) -> StaleMapError | QueueNotReadyError:
+        """Return the error for a queue that is not what was mapped. Raises MachineGoneError."""
         self.process.check_alive()
-        name = f"queue {queue.index} of {device.device.id}"
         if (paused := self._paused()) is not None:
-            raise QueueNotReadyError(f"{self.machine.name} is {paused}: nothing was written")
-        raise StaleMapError(
-            f"{name} is not what was mapped: {reason}; nothing was written (the guest rebooted, "
-            "reset or lost the device: map the machine again)"
+            return QueueNotReadyError(f"{self.machine.name} is {paused}: nothing was written")
+        return StaleMapError(
+            f"queue {queue.index} of {device.device.id} is not what was mapped: {reason}; nothing "
+            "was written (the guest rebooted, reset or lost the device, or was paused: map the "
+            "machine again)"
         )
 
     def _difference(self, device: MappedDevice, queue: QueueMap, event: DeviceEvent) -> str | None:
@@ -265,27 +283,34 @@ class VmmSession:
         return None
 
     def check_running(self, monitor: Monitor | None = None) -> None:
-        """Raise QueueNotReadyError where the machine does not run, now or when it was mapped."""
-        state = self.run_state if not self.running else ""
-        if monitor is not None and self.running:
-            status = monitor.execute("query-status")
-            state = "" if status["running"] else status["status"]
-        if state:
-            raise QueueNotReadyError(
-                f"{self.machine.name} is not running (QEMU: {state}): nothing was written"
-            )
+        """Raise QueueNotReadyError where the machine does not run, so far as is known unasked.
+
+        `monitor`, where one is borrowed anyway, is asked. A machine that was mapped while it was
+        paused and runs by now raises StaleMapError: it has other notifiers.
+        """
+        paused = None
+        if not self.running:
+            paused = self._paused()
+            if paused is None:
+                raise StaleMapError(
+                    f"{self.machine.name} was not running when it was mapped (QEMU: "
+                    f"{self.run_state}): nothing was written; map the machine again"
+                )
+        elif monitor is not None:
+            paused = _not_running(monitor)
+        if paused is not None:
+            raise QueueNotReadyError(f"{self.machine.name} is {paused}: nothing was written")
 
     def _paused(self) -> str | None:
         """Return the run state if the machine does not run; None if it does, or cannot be asked."""
         try:
             with self.borrow() as monitor:
-                status = monitor.execute("query-status")
-        except (MonitorError, KickcallError):
+                return _not_running(monitor)
+        except KickcallError:
             return None
-        return None if status["running"] else f"not running (QEMU: {status['status']})"
 
-    def hold(self, notifier: Notifier) -> int:
-        """Return our own descriptor of `notifier`, checked to be that eventfd.
+    def hold(self, device: MappedDevice, queue: QueueMap, notifier: Notifier) -> int:
+        """Return our own descriptor of `notifier`, a queue's own, checked to be that eventfd.
 
         It is kept until the session is refreshed or closed: as long as it is open the kernel cannot
         give its eventfd id to another one. Raises StaleMapError where the VMM's descriptor is
@@ -294,18 +319,16 @@ class VmmSession:
         ours = self._duplicates.get(notifier.eventfd_id)
         if ours is not None:
             return ours
+        which = f"fd {notifier.fd} of process {self.process.pid}"
         try:
             ours = self.process.duplicate_fd(notifier.fd)
         except OSError as exc:
-            raise StaleMapError(
-                f"fd {notifier.fd} of process {self.process.pid} is closed: nothing was written"
-            ) from exc
+            raise self._refusal(device, queue, f"{which} is closed") from exc
         state = eventfds.read_eventfd(os.getpid(), ours)
         if state is None or state.eventfd_id != notifier.eventfd_id:
             os.close(ours)
-            raise StaleMapError(
-                f"fd {notifier.fd} of process {self.process.pid} is no longer the eventfd "
-                f"{notifier.eventfd_id}: nothing was written"
+            raise self._refusal(
+                device, queue, f"{which} is no longer eventfd {notifier.eventfd_id}"
             )
         self._duplicates[notifier.eventfd_id] = ours
         return ours
@@ -327,22 +350,14 @@ class VmmSession:
         self.close()
 
 
+def _not_running(monitor: Monitor) -> str | None:
+    status = monitor.execute("query-status")
+    return None if status["running"] else f"not running (QEMU: {status['status']})"
+
+
 def _version(answer: dict[str, dict[str, int] | str]) -> str:
     numbers = answer["qemu"]
     assert isinstance(numbers, dict)
     package = str(answer.get("package", ""))
     text = f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
     return f"{text} ({package})" if package else text
-
-
-def _unknown(facts: virtio.DeviceFacts) -> str:
-    """Return why no queue of the device could be asked for."""
-    device = facts.device
-    if not device.driver_ok:
-        return f"{device.id}: no driver in the guest has set this device up (no DRIVER_OK)"
-    if facts.queues:
-        return ""
-    return (
-        f"{device.id} ({device.kind}): its back-end has not started, or is of a kind that cannot "
-        "be asked for its rings without touching it"
-    )
