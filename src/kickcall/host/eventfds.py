@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import struct
 from pathlib import Path
@@ -16,6 +17,7 @@ COUNT_MAX = 2**64 - 2
 
 _LINK = "anon_inode:[eventfd]"
 _ONE = struct.pack("=Q", 1)
+_FIELD = re.compile(r"^(flags|eventfd-[a-z]+):\s*([0-9a-f]+)\s*$", re.M)
 
 
 def parse_fdinfo(text: str) -> NotifierState | None:
@@ -24,7 +26,7 @@ def parse_fdinfo(text: str) -> NotifierState | None:
     `eventfd-count` is hexadecimal, `flags` octal, `eventfd-id` decimal
     (fs/eventfd.c, eventfd_show_fdinfo; the id since Linux 5.2, `eventfd-semaphore` since 6.5).
     """
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = dict(_FIELD.findall(text))
     if "eventfd-count" not in fields:
         return None
     semaphore = fields.get("eventfd-semaphore")
@@ -32,7 +34,7 @@ def parse_fdinfo(text: str) -> NotifierState | None:
         eventfd_id=int(fields.get("eventfd-id", "-1")),
         count=int(fields["eventfd-count"], 16),
         flags=int(fields.get("flags", "0"), 8),
-        semaphore=None if semaphore is None else semaphore.strip() != "0",
+        semaphore=None if semaphore is None else semaphore != "0",
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,44 +67,83 @@ def _options(text: str, implied: str) -> dict[str, str]:
     if text.startswith("{"):
         try:
             value = json.loads(text)
-        except ValueError:
+            return dict(_flatten(value)) if isinstance(value, dict) else {}
+        except (ValueError, RecursionError):
             return {}
-        return dict(_flatten(value)) if isinstance(value, dict) else {}
     return split_options(text, implied)
 
 
 # QAPI's ChardevAdd nests the address (`backend.data.addr.data.path`); a command line does not.
-_NESTED = ("", "addr.", "addr.data.", "backend.data.addr.data.", "backend.addr.", "data.addr.data.")
+_NESTED = (
+    "",
+    "addr.",
+    "addr.data.",
+    "backend.",
+    "backend.data.",
+    "backend.addr.",
+    "backend.data.addr.",
+    "backend.data.addr.data.",
+    "data.addr.data.",
+)
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_NOT_PLAIN = ("telnet", "tn3270", "websocket", "tls-creds")
+"""Options that put another protocol between the socket and QMP."""
 
 
 def _get(options: Mapping[str, str], key: str) -> str | None:
     return next((options[nest + key] for nest in _NESTED if nest + key in options), None)
 
 
+def _is_on(value: str | None) -> bool:
+    return value in ("on", "yes", "true", "y")  # util/cutils.c, qapi_bool_parse
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and _NUMBER.fullmatch(text) else None
+
+
 def _socket(options: Mapping[str, str]) -> SocketSpec | None:
+    """Return where a socket character device listens; None where QEMU is the socket's client."""
+    if not _is_on(_get(options, "server")):
+        return None
+    if any(_get(options, key) not in (None, "off", "no", "false", "n") for key in _NOT_PLAIN):
+        return None
     if (path := _get(options, "path")) is not None:
-        if _get(options, "abstract") == "on":
+        if _is_on(_get(options, "abstract")):
             return SocketSpec(abstract=path)
         return SocketSpec(path=path)
-    if (fd := _get(options, "fd") or _get(options, "str")) is not None and fd.isdigit():
-        return SocketSpec(fd=int(fd))
-    port = _get(options, "port")
-    if port is not None and port.isdigit():
-        return SocketSpec(tcp=(_get(options, "host") or "localhost", int(port)))
+    if (fd := _number(_get(options, "fd") or _get(options, "str"))) is not None:
+        return SocketSpec(fd=fd)
+    if (port := _number(_get(options, "port"))) is not None:
+        return SocketSpec(tcp=(_get(options, "host") or "localhost", port))
     return None
+
+
+def _chardev(text: str) -> tuple[str, SocketSpec] | None:
+    """Return id and address of `-chardev socket,…`; None for a device of another kind."""
+    options = _options(text, "backend")
+    if "socket" not in (options.get("backend"), options.get("backend.type")):
+        return None
+    if text.startswith("{") and _get(options, "server") is None:
+        options["server"] = "on"  # ChardevSocket's default (qapi/char.json); not -chardev's
+    spec = _socket(options)
+    return None if spec is None else (options.get("id", ""), spec)
 
 
 def _legacy(text: str) -> SocketSpec | None:
-    """Return where `-qmp DEV` listens (QEMU: qemu-char.c, qemu_chr_parse_compat)."""
+    """Return where `-qmp DEV` listens (QEMU: chardev/char.c, qemu_chr_parse_compat)."""
     kind, _, rest = text.partition(":")
     if kind == "unix":
-        options = split_options(rest, "path")
+        return _socket(split_options(rest, "path"))
+    if kind == "tcp":
+        options = split_options(rest, "address")
+        host, _, options["port"] = options.get("address", "").rpartition(":")
+        options["host"] = host.removeprefix("[").removesuffix("]")
         return _socket(options)
-    if kind in ("tcp", "telnet"):
-        address = split_options(rest, "address").get("address", "")
-        host, _, port = address.rpartition(":")
-        return SocketSpec(tcp=(host or "localhost", int(port))) if port.isdigit() else None
     return None
+
+
+_OPTIONS = frozenset({"name", "qmp", "qmp-pretty", "chardev", "mon"})
 
 
 def parse(arguments: Sequence[str]) -> CommandLine:
@@ -115,10 +154,12 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     name = ""
     chardevs: dict[str, SocketSpec] = {}
     monitors: list[str | SocketSpec] = []
-    for option, value in itertools.pairwise(arguments):
-        if not option.startswith("-"):
+    words = iter(arguments)
+    for word in words:
+        option = word.removeprefix("-").removeprefix("-")
+        if option == word or option not in _OPTIONS or (value := next(words, None)) is None:
             continue
-        match option.lstrip("-"):
+        match option:
             case "name":
                 name = _options(value, "guest").get("guest", name)
             case "qmp" | "qmp-pretty":
@@ -127,9 +168,8 @@ def parse(arguments: Sequence[str]) -> CommandLine:
                 elif (spec := _legacy(value)) is not None:
                     monitors.append(spec)
             case "chardev":
-                options = _options(value, "backend")
-                if (spec := _socket(options)) is not None:
-                    chardevs[options.get("id", "")] = spec
+                if (device := _chardev(value)) is not None:
+                    chardevs[device[0]] = device[1]
             case "mon":
                 options = _options(value, "chardev")
                 if options.get("mode") == "control":

@@ -34,6 +34,15 @@ def find() -> list[Machine]:
 def inspect(pid: int) -> Machine | None:
     """Return what /proc says of process `pid`, or None where it is no QEMU (or gone)."""
     proc = Path(f"/proc/{pid}")
+    binary = ""
+    try:
+        binary = os.readlink(proc / "exe")
+    except PermissionError:
+        pass  # another user's process: the name it was called by has to do
+    except OSError:
+        return None
+    if binary and not _BINARY.fullmatch(os.path.basename(binary)):
+        return None
     try:
         arguments = [
             part.decode(errors="replace")
@@ -41,14 +50,8 @@ def inspect(pid: int) -> Machine | None:
         ]
     except OSError:
         return None
-    try:
-        binary = os.readlink(proc / "exe")
-    except PermissionError:
-        binary = arguments[0]  # another user's process: its name has to do
-    except OSError:
-        return None
     started = start_time(pid)
-    if started is None or not _BINARY.fullmatch(os.path.basename(binary)):
+    if started is None or not _BINARY.fullmatch(os.path.basename(binary or arguments[0])):
         return None
     said = cmdline.parse(arguments)
     monitors = tuple(address for spec in said.qmp if (address := _monitor(pid, spec)) is not None)
@@ -68,16 +71,24 @@ def _binary_version(pid: int) -> str:
     The binary is read, not run: it may be another user's, or of another root.
     """
     try:
-        with (
-            open(f"/proc/{pid}/exe", "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        ):
-            at = text.find(_VERSION)
-            if at < 0:
-                return ""
-            raw = text[at + len(_VERSION) : at + len(_VERSION) + _VERSION_MAX]
+        with open(f"/proc/{pid}/exe", "rb") as file:
+            status = os.fstat(file.fileno())
+            key = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            if key not in _versions:
+                _versions[key] = _version_in(file.fileno())
+            return _versions[key]
     except (OSError, ValueError):
         return ""
+
+
+_versions: dict[tuple[int, int, int], str] = {}
+"""Versions by file: the machines of a host mostly run one binary of 20 MB."""
+
+
+def _version_in(fd: int) -> str:
+    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as text:
+        at = text.find(_VERSION)
+        raw = text[at + len(_VERSION) : at + len(_VERSION) + _VERSION_MAX] if at >= 0 else b""
     return re.split(rb"[\n\0]", raw, maxsplit=1)[0].decode(errors="replace").strip()
 
 
