@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from kickcall.lab.spec import MachineSpec, OtherDevice, VhostUserBlk, VirtioBlk,
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from conftest import BootMachine
 
@@ -160,6 +162,13 @@ def test_a_qemu_that_ends_at_once_is_quoted_and_leaves_nothing() -> None:
     with pytest.raises(LabError, match="'no-such-device' is not a valid device model name"):
         boot(MachineSpec(name="broken", devices=(OtherDevice(driver="no-such-device"),)))
     assert not (lab_folder() / "broken").exists()
+
+
+def test_a_link_to_a_root_that_was_deleted_is_swept_up(tmp_path: Path) -> None:
+    link = lab_folder() / f"gone-{os.getpid()}"
+    link.symlink_to(tmp_path / "no-root" / "lab" / "gone")
+    machines()
+    assert not link.is_symlink()
 
 
 BOOT_AND_STAY = """

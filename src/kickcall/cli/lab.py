@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kickcall.cli.arguments import JsonOption
+from kickcall.cli.output import print_json, print_table
+
 if TYPE_CHECKING:
     from kickcall.lab.machine import LabMachine
-    from kickcall.lab.relay_control import Carried
     from kickcall.lab.spec import AnyDevice
 
 app = typer.Typer(
@@ -27,21 +29,25 @@ class Notification(enum.StrEnum):
     CALL = "call"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Name = Annotated[str, typer.Argument(help="The lab machine's name.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="The lab machine's name.", show_default=False)
+]
 
 
 @app.command()
 def up(
-    name: Annotated[str, typer.Argument(help="A name for the machine.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A name for the machine.", show_default=False)
+    ],
     device: Annotated[
         list[str] | None,
         typer.Option(
             help="KIND,NAME=VALUE,… (again for each device). KIND: virtio-blk, virtio-scsi, "
             "virtio-net, vhost-user-blk, or any QEMU driver. NAME: id, queues, packed=on, "
             "iothread=on, relay=off, disk=null|file, size-mib, legacy=auto|off|only, "
-            "event-idx=off, or any property of QEMU's device.",
-            show_default=", ".join(_DEFAULT_DEVICES),
+            "event-idx=off, or any property of QEMU's device. Without: one of each kind.",
+            metavar="DEVICE",
+            show_default=False,
         ),
     ] = None,
     qemu: Annotated[
@@ -50,15 +56,17 @@ def up(
     memory: Annotated[int, typer.Option(min=128, help="Guest memory, MiB.")] = 256,
     cpus: Annotated[int, typer.Option(min=1, max=64, help="Virtual CPUs.")] = 2,
     monitors: Annotated[int, typer.Option(min=1, max=16, help="QMP sockets.")] = 1,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Boot a machine with a real Linux guest; it runs until `kickcall lab down`.
 
     The guest's kernel is downloaded into a cache the first time, and never installed.
 
-    Example:
+    Examples:
 
-        kickcall lab up vm0 --device virtio-blk,iothread=on --device vhost-user-blk
+        kickcall lab up vm0 --device virtio-blk,iothread=on,queues=2
+
+        kickcall lab up vm1 --device vhost-user-blk --qemu trixie
     """
     from kickcall.lab.boot import boot
     from kickcall.lab.spec import MachineSpec
@@ -74,12 +82,12 @@ def up(
     )
     machine = boot(spec, outlives=True, tell=lambda step: typer.echo(f"lab: {step}", err=True))
     if json:
-        _print_json(_facts(machine))
+        print_json(_facts(machine))
         return
     typer.echo(f"{machine.name} is up: QEMU is process {machine.pid}")
     for path in machine.qmp_paths:
         typer.echo(f"QMP:  {path}")
-    _print_table(
+    print_table(
         ("device", "kind", "in the guest", "relay"),
         [
             (
@@ -95,7 +103,7 @@ def up(
 
 
 @app.command()
-def ls(json: Json = False) -> None:
+def ls(json: JsonOption = False) -> None:
     """List your lab machines.
 
     Example:
@@ -106,17 +114,17 @@ def ls(json: Json = False) -> None:
 
     found = machines()
     if json:
-        _print_json([_facts(machine) for machine in found])
+        print_json([_facts(machine) for machine in found])
         return
     if not found:
         typer.echo("no lab machine is up; boot one: kickcall lab up vm0")
         return
-    _print_table(
-        ("machine", "pid", "state", "qemu", "devices"),
+    print_table(
+        ("machine", "#pid", "state", "qemu", "devices"),
         [
             (
                 machine.name,
-                str(machine.pid) if machine.alive else "",
+                machine.pid if machine.alive else None,
                 "running" if machine.alive else "ended",
                 machine.spec.qemu,
                 ", ".join(device.id for device in machine.spec.devices),
@@ -130,10 +138,11 @@ def ls(json: Json = False) -> None:
 def console(
     name: Name,
     command: Annotated[
-        list[str], typer.Argument(help="A shell command, after --.", show_default=False)
+        list[str],
+        typer.Argument(metavar="COMMAND…", help="A shell command, after --.", show_default=False),
     ],
     timeout: Annotated[
-        float | None, typer.Option(help="Stop waiting after this many seconds.", show_default="no")
+        float | None, typer.Option(help="Stop waiting after this many seconds.", show_default=False)
     ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Start the command and do not wait for it.")
@@ -145,7 +154,7 @@ def console(
 
     Example:
 
-        kickcall lab console vm0 -- dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct
+        kickcall lab console vm0 -- cat /proc/interrupts
     """
     from kickcall.lab.machine import LabMachine
 
@@ -163,7 +172,9 @@ def break_(
     name: Name,
     device: Annotated[
         str,
-        typer.Argument(help="A vhost-user device with a relay, as vub0.", show_default=False),
+        typer.Argument(
+            metavar="DEVICE", help="A vhost-user device with a relay, as vub0.", show_default=False
+        ),
     ],
     drop: Annotated[Notification | None, typer.Option(help="Lose the next of these.")] = None,
     delay: Annotated[
@@ -173,14 +184,14 @@ def break_(
         Notification | None, typer.Option(help="Carry the next of these twice.")
     ] = None,
     queue: Annotated[
-        int | None, typer.Option(min=0, help="Which queue.", show_default="any")
+        int | None, typer.Option(min=0, help="Which queue; any if not given.", show_default=False)
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
     seconds: Annotated[float, typer.Option(min=0, help="How late, with --delay.")] = 1.0,
     clear: Annotated[
         bool, typer.Option("--clear", help="Forget what was asked for and has not happened.")
     ] = False,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Lose, delay or double a device's next notifications, and show what its relay carried.
 
@@ -201,12 +212,20 @@ def break_(
         relay.double(double, queue, count)
     rows = relay.report()
     if json:
-        _print_json([_carried(row) for row in rows])
+        print_json(rows)
         return
-    _print_table(
-        ("queue", "event", "passed", "dropped", "delayed", "doubled", "still to break"),
+    print_table(
+        ("queue", "event", "#passed", "#dropped", "#delayed", "#doubled", "#still to come"),
         [
-            tuple("any" if value is None else str(value) for value in _carried(row).values())
+            (
+                "any" if row.queue is None else row.queue,
+                row.event,
+                row.passed,
+                row.dropped,
+                row.delayed,
+                row.doubled,
+                row.pending,
+            )
             for row in rows
         ],
     )
@@ -215,7 +234,8 @@ def break_(
 @app.command()
 def down(
     name: Annotated[
-        str | None, typer.Argument(help="The lab machine's name.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[NAME]", help="The lab machine's name.", show_default=False),
     ] = None,
     all_machines: Annotated[bool, typer.Option("--all", help="All of your lab machines.")] = False,
 ) -> None:
@@ -259,26 +279,3 @@ def _facts(machine: LabMachine) -> dict[str, object]:
 
 def _kind(device: AnyDevice) -> str:
     return getattr(device, "driver", device.kind)
-
-
-def _carried(row: Carried) -> dict[str, object]:
-    import dataclasses
-
-    return dataclasses.asdict(row)
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)

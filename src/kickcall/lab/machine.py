@@ -61,6 +61,9 @@ def machines() -> list[LabMachine]:
     """Return this user's lab machines, running or not, by name."""
     found = []
     for folder in sorted(lab_folder().iterdir()):
+        if folder.is_symlink() and not folder.exists():
+            # The cache with QEMU's root, in which the machine was, has been deleted.
+            folder.unlink(missing_ok=True)
         try:
             found.append(LabMachine.find(folder.name))
         except LabError:
