@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.rig, pytest.mark.timeout(180)]
 
-SERVE = "import typer; from kickcall.cli.qmp import qmp; typer.run(qmp)"
+KICKCALL = [sys.executable, "-c", "from kickcall.cli.main import run; run()", "qmp"]
 SPEC = MachineSpec(devices=(VirtioBlk(id="blk0", queues=2),), hotplug_ports=1)
 
 
@@ -39,7 +39,7 @@ def served(machine: LabMachine, tmp_path: Path) -> Iterator[str]:
     """The machine's monitor on a socket; the machine's only user monitor is held by it."""
     path = str(tmp_path / "served.sock")
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(machine.pid), "--listen", path],
+        [*KICKCALL, str(machine.pid), "--listen", path],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -161,7 +161,7 @@ def test_an_event_takes_no_longer_than_a_few_milliseconds(machine: LabMachine, s
 
 def test_the_machine_outlives_a_server_that_is_killed(machine: LabMachine, tmp_path: Path) -> None:
     path = str(tmp_path / "killed.sock")
-    command = [sys.executable, "-c", SERVE, str(machine.pid), "--listen", path]
+    command = [*KICKCALL, str(machine.pid), "--listen", path]
     for _ in range(2):  # the second finds the first one's dead socket and note
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.rig, pytest.mark.timeout(120)]
 
-SERVE = "import typer; from kickcall.cli.qmp import qmp; typer.run(qmp)"
+KICKCALL = [sys.executable, "-c", "from kickcall.cli.main import run; run()", "qmp"]
 MARK = b'\xff{"execute": "end-of-input", "id": "end-of-input"}\n'
 
 
@@ -55,7 +55,7 @@ def rig(folder: Path, monitor: str = "") -> Iterator[Rig]:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         server = subprocess.Popen(
-            [sys.executable, "-c", SERVE, f"qmp:{held}", "--listen", path],
+            [*KICKCALL, f"qmp:{held}", "--listen", path],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -400,8 +400,7 @@ def test_a_signal_ends_it_cleanly_and_the_machine_goes_on(
 
 
 def test_a_second_server_is_refused(served: Rig, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SERVE, "rig", "--listen", str(tmp_path / "b.sock")]
-    command[3] = str(served.qemu.pid)
+    command = [*KICKCALL, str(served.qemu.pid), "--listen", str(tmp_path / "b.sock")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 3
     assert f"serves machine rig already: {served.path}" in done.stderr

@@ -19,6 +19,7 @@ from kickcall.errors import (
     KickcallError,
     MonitorBusyError,
     MonitorGoneError,
+    MonitorTimeoutError,
     QueueNotFoundError,
     StaleMapError,
 )
@@ -435,9 +436,53 @@ def test_when_the_monitor_goes_clients_see_the_last_event_and_the_end(tmp_path: 
             for client in (first, second):
                 assert (await client.receive())["event"] == "SHUTDOWN"
             assert await first.receive() is None
-            # The process goes on here: that is not the end of the machine.
-            assert await here.served is Ended.MONITOR
+            # A large machine takes its time to end: SHUTDOWN is taken for it.
+            assert await here.served is Ended.MACHINE
             assert not os.path.lexists(here.path)
+
+    run(test)
+
+
+def test_a_monitor_that_closes_while_the_machine_goes_on_is_told_apart(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as here:
+            client = await Client.connect(here.path)
+            here.qemu.end()
+            assert await client.receive() is None
+            assert await here.served is Ended.MONITOR
+
+    run(test)
+
+
+def test_a_monitor_that_greets_and_never_answers_is_no_busy_one(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.sock")
+    with socket.socket(socket.AF_UNIX) as stuck:
+        stuck.bind(path)
+        stuck.listen()
+
+        def hello() -> None:
+            with stuck.accept()[0] as peer:
+                peer.sendall(json.dumps(GREETING).encode() + b"\n")
+                peer.recv(1 << 16)
+                peer.recv(1 << 16)
+
+        thread = threading.Thread(target=hello)
+        thread.start()
+        with pytest.raises(MonitorTimeoutError, match="main loop is stuck"):
+            greet(path, timeout=0.2)
+        thread.join(5)
+
+
+def test_odd_ids_of_refused_requests_do_not_pile_up(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(tmp_path) as here:
+            client, other = await Client.connect(here.path), await Client.connect(here.path)
+            client.writer.write(b'{"exec-oob": "a", "id": 1.50}' * 500)
+            assert (await other.ask("echo", id=1))["id"] == 1
+            for _ in range(500):
+                refused = await client.receive()
+                assert refused["id"] == 1.5
+                assert "exec-oob" in refused["error"]["desc"]
 
     run(test)
 

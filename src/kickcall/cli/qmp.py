@@ -21,76 +21,60 @@ def qmp(
 ) -> None:
     """Serve a machine's own QMP monitor, with x-debug-device-event, to many clients at once.
 
-    The socket at PATH is the monitor of an unmodified QEMU and takes one command more:
+    The socket is the monitor of an unmodified QEMU and takes one command more:
 
-        {"execute": "x-debug-device-event",
-         "arguments": {"dev": "/machine/peripheral/vscsi0", "event": "kick", "queue": 3}}
+    \b
+    {"execute": "x-debug-device-event",
+     "arguments": {"dev": "/machine/peripheral/vscsi0", "event": "kick", "queue": 3}}
 
     Everything else passes through: replies, events, errors, out-of-band commands. While this
-    runs, other kickcall commands on that machine go through it by themselves.
+    runs, other kickcall commands on that machine go through it by themselves. It stays in the
+    foreground, and ends with the machine, with SIGTERM or with Ctrl-C.
 
-    Stays in the foreground; ends with the machine, or with SIGTERM or Ctrl-C.
-
-    Examples:
-
-        kickcall qmp vm0 --listen /run/vm0.qmp
-
-        kickcall qmp qmp:/var/run/qemu/vm0.sock --listen /run/vm0.qmp
-
-        qmp-shell /run/vm0.qmp
-
-        socat - UNIX-CONNECT:/run/vm0.qmp
+    \b
+    kickcall qmp vm0 --listen /run/vm0.qmp
+    kickcall qmp qmp:/var/run/qemu/vm0.sock --listen /run/vm0.qmp
+    qmp-shell /run/vm0.qmp
+    socat - UNIX-CONNECT:/run/vm0.qmp
     """
-    from kickcall.errors import (
-        KickcallError,
-        MonitorBusyError,
-        MonitorError,
-        MonitorGoneError,
-        UsageError,
-    )
+    from kickcall.errors import MonitorBusyError, MonitorError, MonitorGoneError, UsageError
     from kickcall.qmp.server import Callbacks, Ended, run
     from kickcall.vmm.find import resolve
     from kickcall.vmm.served import served_monitor
 
-    if not str(listen).strip() or listen == Path():
+    if listen == Path():
         raise UsageError("--listen needs the path of a socket")
-    try:
-        found, path = resolve(machine)
-        held = served_monitor(found.pid, found.start_time)
-        if held is not None:
-            raise MonitorBusyError(f"a kickcall qmp serves machine {found.name} already: {held}")
-        paths = [path] if path else [monitor.path for monitor in found.monitors]
-        if not paths:
-            raise MonitorError(
-                f"machine {found.name} (pid {found.pid}) has no QMP monitor: "
-                "start its QEMU with -qmp unix:PATH,server=on,wait=off"
-            )
-        callbacks = Callbacks(
-            listening=lambda where: typer.echo(
-                f"listening on {where} (machine {found.name}, pid {found.pid}); "
-                f"try: qmp-shell {where}"
-            ),
-            warning=lambda text: typer.echo(f"kickcall qmp: warning: {text}", err=True),
+    found, path = resolve(machine)
+    held = served_monitor(found.pid, found.start_time)
+    if held is not None:
+        raise MonitorBusyError(f"a kickcall qmp serves machine {found.name} already: {held}")
+    paths = [path] if path else [monitor.path for monitor in found.monitors]
+    if not paths:
+        raise MonitorError(
+            f"machine {found.name} (pid {found.pid}) has no QMP monitor: "
+            "start its QEMU with -qmp unix:PATH,server=on,wait=off"
         )
-        for number, upstream in enumerate(paths, 1):
-            try:
-                ended = run(found.pid, found.start_time, upstream, str(listen), callbacks)
-                break
-            except (MonitorBusyError, MonitorGoneError):
-                if number == len(paths):
-                    raise
-    except KickcallError as error:
-        typer.echo(f"kickcall: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    callbacks = Callbacks(
+        listening=lambda where: typer.echo(
+            f"listening on {where} (machine {found.name}, pid {found.pid}); try: qmp-shell {where}"
+        ),
+        warning=lambda text: typer.echo(f"kickcall: warning: {text}", err=True),
+    )
+    for upstream in paths:
+        try:
+            ended = run(found.pid, found.start_time, upstream, str(listen), callbacks)
+            break
+        except (MonitorBusyError, MonitorGoneError):
+            # Another of the machine's monitors may be free.
+            if upstream == paths[-1]:
+                raise
     match ended:
         case Ended.MACHINE:
             typer.echo(f"machine {found.name} has ended; {listen} is removed")
         case Ended.SIGNAL:
             typer.echo(f"stopped; machine {found.name} goes on, {listen} is removed")
         case Ended.MONITOR:
-            typer.echo(
-                f"kickcall: machine {found.name} closed its monitor {upstream} and goes on; "
-                f"{listen} is removed",
-                err=True,
+            raise MonitorGoneError(
+                f"machine {found.name} closed its monitor {upstream} and goes on; "
+                f"{listen} is removed"
             )
-            raise typer.Exit(3)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import errno
 import os
 import select
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kickcall.errors import KickcallError
+from kickcall.errors import KickcallError, MonitorTimeoutError
 from kickcall.qmp import listing
 from kickcall.qmp.executor import EventExecutor, attach
 from kickcall.qmp.listener import ListeningSocket
@@ -34,6 +35,10 @@ MAX_CLIENTS: Final = 64
 """Beyond these a client connects and gets no greeting until another leaves, as with QEMU."""
 _GRACE: Final = 2.0
 """Seconds that clients have to take their last replies, and the VMM has to end."""
+
+
+_ANSWER_TIMEOUT: Final = 2.0
+_SHUTDOWN: Final = b'"event": "SHUTDOWN"'
 
 
 class Ended(enum.Enum):
@@ -93,7 +98,10 @@ class Server:
     def _incoming(self) -> None:
         try:
             sock, _ = self._listener.sock.accept()
-        except OSError:  # the client left already, or we are out of descriptors
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.refuse()
+                self._loop.call_later(1.0, self.accept)
             return
         sock.set_inheritable(False)
         self._sessions.add(Session(self._loop, sock, self))
@@ -163,8 +171,11 @@ async def serve(
         stack.callback(listener.close)
         greeted = await asyncio.to_thread(greet, upstream_path)
         server: Server | None = None
+        has_shut_down = False
 
         def on_event(line: bytes) -> None:
+            nonlocal has_shut_down
+            has_shut_down |= _SHUTDOWN in line
             if server is not None:
                 server.event(line)
 
@@ -180,7 +191,12 @@ async def serve(
             loop.add_signal_handler(number, ended, Ended.SIGNAL)
             stack.callback(loop.remove_signal_handler, number)
 
-        commands = await upstream.call("query-commands")
+        try:
+            commands = await asyncio.wait_for(upstream.call("query-commands"), _ANSWER_TIMEOUT)
+        except TimeoutError:
+            raise MonitorTimeoutError(
+                f"the monitor {upstream_path} does not answer: QEMU's main loop is stuck"
+            ) from None
         server.serves_event = not any(
             isinstance(entry, dict) and entry.get("name") == listing.COMMAND
             for entry in (commands if isinstance(commands, list) else ())
@@ -197,7 +213,10 @@ async def serve(
         callbacks.listening(listener.path)
         why = await end
         await server.dismiss()
-        if why is Ended.MONITOR and await asyncio.to_thread(_has_ended, pidfd, _GRACE):
+        # A large machine takes its time to give its memory back: its word is enough.
+        if why is Ended.MONITOR and (
+            has_shut_down or await asyncio.to_thread(_has_ended, pidfd, _GRACE)
+        ):
             return Ended.MACHINE
         return why
 

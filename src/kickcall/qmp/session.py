@@ -11,7 +11,6 @@ events unread is dropped.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
@@ -22,7 +21,7 @@ from kickcall.errors import DeviceNotFoundError
 from kickcall.qmp import event_command, listing, message
 from kickcall.qmp.stream import BadInput, Message, MessageStream
 from kickcall.qmp.upstream import Ticket
-from kickcall.qmp.wire import Connection
+from kickcall.qmp.wire import Connection, close_fds
 
 if TYPE_CHECKING:
     import asyncio
@@ -122,17 +121,16 @@ class Session:
         self._hub.left(self)
 
     def _drop_fds(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
+        close_fds(self._fds)
         self._fds = ()
 
     # Turns.
 
     def _is_full(self) -> bool:
-        if self.connection.waiting_bytes > HIGH_WATER:
+        if self.connection.waiting_bytes > HIGH_WATER or self._oob_under_way >= MAX_OOB:
             return True
         if self._oob:
-            return len(self._queue) >= MAX_QUEUED or self._oob_under_way >= MAX_OOB
+            return len(self._queue) >= MAX_QUEUED
         return self._busy or bool(self._queue)
 
     def _turn(self) -> None:
@@ -179,12 +177,10 @@ class Session:
             self._write(message.failure(_TOO_DEEP, None))
             return
         if not self._oob:
-            fault = message.check(members, oob_enabled=False) or ""
-            self._echo(members, lambda echo: self._write(message.failure(fault, echo)))
+            self._refuse_oob(members, message.check(members, oob_enabled=False) or "")
             return
         if self._hub.serves_event and message.command_of(members) == listing.COMMAND:
-            refusal = f"The command {listing.COMMAND} does not support OOB"
-            self._echo(members, lambda echo: self._write(message.failure(refusal, echo)))
+            self._refuse_oob(members, f"The command {listing.COMMAND} does not support OOB")
             return
         self._oob_under_way += 1
 
@@ -198,6 +194,15 @@ class Session:
         ticket = Ticket(members, done, oob=True, fds=self._take_fds(members))
         self._tickets.add(ticket)
         self._hub.upstream.submit(ticket)
+
+    def _refuse_oob(self, members: Mapping[str, bytes], description: str) -> None:
+        self._oob_under_way += 1
+
+        def refuse(echo: bytes | None) -> None:
+            self._oob_under_way -= 1
+            self._write(message.failure(description, echo))
+
+        self._echo(members, refuse)
 
     # One in-band command.
 
@@ -284,8 +289,8 @@ class Session:
     def _negotiate(self, members: Mapping[str, bytes], answer: message.Answer) -> None:
         # Our own negotiation is long over, so QEMU refuses this one, but only after it has looked
         # at the arguments: what is wrong with them comes in its own words.
-        refused = answer.error and message.error_body(answer.error).class_ == "CommandNotFound"
-        if self.negotiated or not refused:
+        error = None if answer.error is None else message.error_body(answer.error)
+        if self.negotiated or error is None or error.class_ != "CommandNotFound":
             self._reply(answer.line)
             return
         arguments = msgspec.json.decode(members.get("arguments", b"{}"), type=_Capabilities)

@@ -12,7 +12,6 @@ descriptor to one command.
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections import deque
@@ -25,10 +24,11 @@ from kickcall.errors import (
     MonitorBusyError,
     MonitorError,
     MonitorGoneError,
+    MonitorTimeoutError,
     QmpCommandError,
 )
 from kickcall.qmp import message
-from kickcall.qmp.wire import Connection
+from kickcall.qmp.wire import Connection, close_fds
 
 if TYPE_CHECKING:
     import asyncio
@@ -119,21 +119,21 @@ def greet(path: str, timeout: float = 2.0) -> Greeted:
         lines = Lines()
         pending: deque[bytes] = deque()
 
-        def receive() -> bytes:
+        def receive(late: type[MonitorError], why: str) -> bytes:
             while not pending:
                 sock.settimeout(max(deadline - time.monotonic(), 0.01))
                 try:
                     data = sock.recv(_READ_SIZE)
                 except OSError as error:
                     if isinstance(error, TimeoutError):
-                        raise MonitorBusyError(_busy(path)) from None
+                        raise late(why) from None
                     raise MonitorGoneError(f"the monitor {path} went away: {error}") from error
                 if not data:
                     raise MonitorGoneError(f"the monitor {path} went away as we greeted it")
                 pending.extend(lines.feed(data))
             return pending.popleft()
 
-        greeting = receive()
+        greeting = receive(MonitorBusyError, _busy(path))
         try:
             offered = msgspec.json.decode(greeting, type=_Greeting).QMP.capabilities
         except msgspec.DecodeError:
@@ -141,7 +141,10 @@ def greet(path: str, timeout: float = 2.0) -> Greeted:
         oob = "oob" in offered
         enable = b'{"enable":["oob"]}' if oob else b"{}"
         sock.sendall(b'{"execute":"qmp_capabilities","arguments":%b}\n' % enable)
-        reply = receive()
+        reply = receive(
+            MonitorTimeoutError,
+            f"the monitor {path} greets and does not answer: QEMU's main loop is stuck",
+        )
         if not reply.startswith(b'{"return"'):
             raise MonitorError(f"the monitor {path} refused to negotiate: {reply[:200]!r}")
         return Greeted(sock, lines, greeting, oob, tuple(pending))
@@ -202,6 +205,7 @@ class Upstream:
     def submit(self, ticket: Ticket) -> None:
         """Send a request, now or when its turn comes."""
         if self._connection.is_closed:
+            close_fds(ticket.fds)
             self._loop.call_soon(ticket.done, None)
         elif ticket.oob:
             self._send(ticket)
@@ -258,8 +262,7 @@ class Upstream:
             self._connection.close()
 
     def received_fds(self, fds: Sequence[int]) -> None:
-        for fd in fds:  # QEMU sends none
-            os.close(fd)
+        close_fds(fds)  # QEMU sends none
 
     def ended(self) -> None:
         self._connection.close()
@@ -268,6 +271,8 @@ class Upstream:
         pass
 
     def closed(self) -> None:
+        for ticket in self._waiting:
+            close_fds(ticket.fds)
         left = [*self._sent.values(), *self._waiting]
         self._sent.clear()
         self._in_band.clear()
@@ -298,6 +303,8 @@ class Upstream:
             self._in_band.remove(number)
             while self._waiting and len(self._in_band) < MAX_IN_BAND:
                 following = self._waiting.popleft()
-                if not following.dropped:
+                if following.dropped:
+                    close_fds(following.fds)
+                else:
                     self._in_band.append(self._send(following))
         ticket.done(answer)

@@ -118,10 +118,10 @@ class Connection:
         A peer that has more than `max_waiting` bytes to read already is dropped.
         """
         if self.is_closed or self._closing:
-            _close_all(fds)
+            close_fds(fds)
             return
         if self._max_waiting is not None and self.waiting_bytes > self._max_waiting:
-            _close_all(fds)
+            close_fds(fds)
             self.close()
             return
         idle = not self._waiting
@@ -146,7 +146,7 @@ class Connection:
             except OSError:
                 self.close()
                 return
-            _close_all(fds)
+            close_fds(fds)
             self.waiting_bytes -= sent
             if sent < len(data):
                 self._waiting[0] = (data[sent:], ())
@@ -178,12 +178,13 @@ class Connection:
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
         for _, fds in self._waiting:
-            _close_all(fds)
+            close_fds(fds)
         self._waiting.clear()
         self.waiting_bytes = 0
         self._loop.call_soon(self._owner.closed)
 
 
-def _close_all(fds: Sequence[int]) -> None:
+def close_fds(fds: Sequence[int]) -> None:
+    """Close descriptors that nobody took."""
     for fd in fds:
         os.close(fd)
