@@ -1,0 +1,111 @@
+"""What samples of one queue add up to over time: who moved last, and since when something waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kickcall.diagnose.states import QueueFixed, Sample
+from kickcall.model import Layout
+from kickcall.virtio import packed, split
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """The history of one queue, as far as a judge needs it. Times are those of the samples."""
+
+    first: Sample
+    now: Sample
+    device_still_since: float
+    """Since when the device has shown no progress while work was outstanding."""
+    driver_still_since: float
+    """Since when the driver has shown no progress."""
+    unread_since: float | None
+    """Since when the kick notifier's count has not been 0 at any look; None while it is 0."""
+    untaken_since: float | None
+    """The same for the call notifier."""
+    moved_at: float
+    """When any index last moved; the time of the first sample where none has."""
+
+
+def start(sample: Sample) -> Track:
+    """Return the history that begins with `sample`: everything counts from there."""
+    at = sample.at
+    return Track(
+        first=sample,
+        now=sample,
+        device_still_since=at,
+        driver_still_since=at,
+        unread_since=at if sample.kick_count else None,
+        untaken_since=at if sample.call_count else None,
+        moved_at=at,
+    )
+
+
+def advance(track: Track, sample: Sample, fixed: QueueFixed) -> Track:
+    """Return the history with one more sample, which must be no older than the last."""
+    was = track.now
+    device = _device_side(sample) != _device_side(was)
+    driver = _driver_side(sample) != _driver_side(was)
+    # Work that appears in an empty queue starts the device's clock; more of it does not: a driver
+    # that goes on publishing is no sign that the device looks.
+    idle = not outstanding(fixed, was)
+    return replace(
+        track,
+        now=sample,
+        device_still_since=sample.at if device or idle else track.device_still_since,
+        driver_still_since=sample.at if driver or device else track.driver_still_since,
+        unread_since=_since(track.unread_since, sample.kick_count, sample.at),
+        untaken_since=_since(track.untaken_since, sample.call_count, sample.at),
+        moved_at=sample.at if device or driver else track.moved_at,
+    )
+
+
+def _device_side(sample: Sample) -> tuple[object, ...]:
+    """What only the device writes: its positions and the device event area."""
+    return (
+        sample.used_idx,
+        sample.last_avail_idx,
+        sample.used_flags,
+        sample.avail_event,
+        sample.unreadable,
+    )
+
+
+def _driver_side(sample: Sample) -> tuple[object, ...]:
+    """What only the driver writes."""
+    return (sample.avail_idx, sample.avail_flags, sample.used_event)
+
+
+def _since(since: float | None, count: int | None, at: float) -> float | None:
+    if not count:
+        return None
+    return at if since is None else since
+
+
+def outstanding(fixed: QueueFixed, sample: Sample) -> int | None:
+    """Return how many entries are published and not completed; None where that cannot be known.
+
+    More than the queue's size means that the two indices do not belong together: memory that is
+    no ring, or two reads between which the device completed what was published meanwhile.
+    """
+    if sample.avail_idx is None or sample.used_idx is None:
+        return None
+    return span(fixed, sample.used_idx, sample.avail_idx)
+
+
+def unfetched(fixed: QueueFixed, sample: Sample) -> int | None:
+    """Return how many entries the device has not fetched; None where its position is unknown."""
+    if sample.avail_idx is None or sample.last_avail_idx is None:
+        return None
+    return span(fixed, sample.last_avail_idx, sample.avail_idx)
+
+
+def span(fixed: QueueFixed, start_idx: int, end_idx: int) -> int:
+    """Return how many entries lie from `start_idx` up to `end_idx` in the terms of the layout."""
+    if fixed.layout is Layout.SPLIT:
+        return split.outstanding(end_idx, start_idx)
+    return packed.distance(_position(start_idx), _position(end_idx), max(fixed.size, 1))
+
+
+def _position(encoded: int) -> packed.Position:
+    return packed.Position(encoded & 0x7FFF, bool(encoded & 0x8000))
