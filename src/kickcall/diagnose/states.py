@@ -8,14 +8,17 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from kickcall.model import BackendKind, Layout
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kickcall.model import BackendKind, Layout
 
 
 class QueueRole(enum.Enum):
     """Who waits for whom on a queue: it decides whether outstanding work means anything."""
 
     REQUEST = "request"
-    """The driver asks and the device answers when it can: virtio-blk, a SCSI request queue, net TX."""
+    """The driver asks and the device answers when it can: blk, a SCSI request queue, net TX."""
     INBOX = "inbox"
     """The driver leaves empty buffers for the device to fill when something happens: net RX, a
     SCSI event queue. Outstanding work there is normal, however long."""

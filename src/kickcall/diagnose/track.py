@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from kickcall.diagnose.states import QueueFixed, Sample
 from kickcall.model import Layout
 from kickcall.virtio import packed, split
+
+if TYPE_CHECKING:
+    from kickcall.diagnose.states import QueueFixed, Sample
 
 
 @dataclass(frozen=True, slots=True)

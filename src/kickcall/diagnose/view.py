@@ -219,7 +219,7 @@ class View:
 
     @cached_property
     def unreaped(self) -> int:
-        """How far `used` has passed the index at which the driver wanted its call; 0 if it has not."""
+        """How far `used` is past the index at which the driver wanted its call, or 0."""
         now = self.track.now
         if not self.reaping_visible or self.calls_off:
             return 0
@@ -262,7 +262,7 @@ class View:
 
     @property
     def interrupt_barrier(self) -> str:
-        """Return what keeps the queue's interrupt from the driver, in words; empty if nothing seen."""
+        """What keeps the queue's interrupt from the driver, in words; empty if nothing seen."""
         slow = self.slow
         if slow is None:
             return ""
