@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kickcall.qmp.stream import MessageStream
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -207,6 +209,8 @@ def test_odd_inputs_are_answered_as_qemu_answers_them(
     for data in ODD:
         if not negotiate and b"qmp_capabilities" in data and oob:
             continue
+        if oob and messages_in(data) > 6:  # see the next test: these could end QEMU itself
+            continue
         answers = []
         for path in (served.direct, served.path):
             with Client(path, oob=oob, negotiate=negotiate) as client:
@@ -217,6 +221,24 @@ def test_odd_inputs_are_answered_as_qemu_answers_them(
         if answers[0] != answers[1]:
             different.append((data[:80], *(b"".join(lines)[:300] for lines in answers)))
     assert different == []
+
+
+def messages_in(data: bytes) -> int:
+    stream = MessageStream()
+    stream.push(data)
+    return sum(1 for _ in iter(stream.next, None))
+
+
+def test_what_makes_qemu_itself_abort_does_not_get_through(mortal: Rig) -> None:
+    # QEMU 7.2 and 10.0, oob enabled: where seven requests wait, a byte that ends two more ("1}":
+    # a number, then a stray brace) trips an assertion in handle_qmp_command (monitor/qmp.c).
+    lethal = b'{"execute": "query-name"}' * 7 + b"1}"
+    for _ in range(20):
+        with Client(mortal.path, oob=True) as client:
+            assert len(client.all_answers(lethal * 8)) >= 8 * 9
+    assert mortal.qemu.poll() is None
+    with Client(mortal.direct) as direct:
+        assert "return" in direct.ask("query-status")
 
 
 def test_random_malformed_inputs_harm_neither_the_machine_nor_another_client(served: Rig) -> None:

@@ -2,8 +2,10 @@
 
 QEMU's monitor answers in-band requests in the order in which they came, and runs out-of-band ones
 at once. Up to eight in-band requests may wait in QEMU; at the eighth it stops reading, and then
-out-of-band requests, too, would wait (QEMU: monitor/qmp.c, QMP_REQ_QUEUE_LEN_MAX). So at most
-seven are on their way at any time, and the others queue here, first come, first served.
+out-of-band requests, too, would wait (QEMU: monitor/qmp.c, QMP_REQ_QUEUE_LEN_MAX). Worse, where
+seven wait and one byte ends two more ("1}": a number and a stray brace), QEMU 7.2 and 10.0 abort
+on an assertion, VM and all. So at most seven are on their way at any time, and the others queue
+here, first come, first served; and what goes up is always a well-formed object.
 
 qemu.qmp's QMPClient is not used: it parses and re-writes messages (replies would not be QEMU's
 bytes any more), it gives up on a reply that it cannot route, and it has no way to attach a file
