@@ -15,15 +15,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NOUNS = {"model", "errors"}
 CORE = NOUNS | {"virtio", "host", "vmm", "devices"}
 # The package itself (`import kickcall`) is the public API: it stands where `attached` does.
-PUBLIC = CORE | {"attached", "kickcall"}
+PUBLIC = CORE | {"diagnose", "diagnosis", "attached", "kickcall"}
 MAY_IMPORT = {
     "model": set(),
     "errors": {"model"},
     "virtio": NOUNS,
     "host": NOUNS,
-    "vmm": NOUNS | {"virtio", "host"},
+    "diagnose": NOUNS | {"virtio"},
+    "vmm": NOUNS | {"virtio", "host", "diagnose"},  # of `diagnose` only its nouns, `states`
     "devices": NOUNS | {"virtio", "host", "vmm"},
-    "attached": CORE,
+    "diagnosis": CORE | {"diagnose"},
+    "attached": CORE | {"diagnose", "diagnosis"},
     "kickcall": CORE | {"attached"},
     "lab": PUBLIC,
     "qmp": PUBLIC,
@@ -45,6 +47,7 @@ DOES_IO = {
     "threading",
     "time",
 }
+PURE = ("virtio", "diagnose")
 ASYNCIO = ("qmp/", "lab/relay", "vmm/monitor")
 PRINTS = ("cli/",)
 
@@ -103,9 +106,15 @@ def test_a_room_imports_no_higher_room(file: Path) -> None:
     assert rooms_imported(file) - MAY_IMPORT[room(file)] == set()
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if room(f) == "virtio"], ids=name)
-def test_virtio_is_pure(file: Path) -> None:
+@pytest.mark.parametrize("file", [f for f in FILES if room(f) in PURE], ids=name)
+def test_a_pure_room_does_no_io(file: Path) -> None:
     assert libraries_imported(file) & DOES_IO == set()
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if room(f) == "vmm"], ids=name)
+def test_vmm_takes_only_nouns_from_the_diagnosis(file: Path) -> None:
+    taken = {module for module in imported(file) if module.startswith("kickcall.diagnose")}
+    assert taken <= {"kickcall.diagnose.states"}
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if not is_in(f, ASYNCIO)], ids=name)
