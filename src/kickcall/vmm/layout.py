@@ -177,11 +177,18 @@ def _with_owner(
         num = read(base + queue * stride, 4)
         if num is None or struct.unpack("<I", num)[0] != rings.num:
             continue
+        last = read(base + (VIRTIO_QUEUE_MAX - 1) * stride, stride)
+        if last is None or last[desc + owner_at :][:8] != window[owner_at : owner_at + 8]:
+            continue
         for index_at in range(24, min(stride - desc, owner_at), 2):
             series = (
                 struct.unpack_from("<H", window, index_at + k * stride)[0] for k in range(_SERIES)
             )
-            if all(value == queue + k for k, value in enumerate(series)):
+            # A guest may number its queues' MSI-X vectors like the queues, but not all 1,024.
+            (final,) = struct.unpack_from("<H", last, desc + index_at)
+            if final == VIRTIO_QUEUE_MAX - 1 and all(
+                value == queue + k for k, value in enumerate(series)
+            ):
                 yield (
                     Layout(
                         stride=stride,
