@@ -15,7 +15,7 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kickcall.errors import KickcallError, MonitorTimeoutError
+from kickcall.errors import KickcallError, MonitorGoneError, MonitorTimeoutError
 from kickcall.qmp import listing
 from kickcall.qmp.executor import EventExecutor, attach
 from kickcall.qmp.listener import ListeningSocket
@@ -229,5 +229,6 @@ def run(
 
 
 def _warn(callbacks: Callbacks, error: Exception | None) -> None:
-    if error is not None:
+    # A monitor that went away ends the server, which says so.
+    if error is not None and not isinstance(error, MonitorGoneError):
         callbacks.warning(f"{listing.COMMAND} will try again, it could not prepare: {error}")
