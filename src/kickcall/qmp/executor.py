@@ -77,7 +77,7 @@ class Attached(Protocol):
 
 def attach(pid: int, borrow: Callable[[], AbstractContextManager[Monitor]]) -> Attached:
     """Attach to the machine by way of a monitor that is already held."""
-    attached: Attached = kickcall.attach(str(pid), monitor=borrow)
+    attached: Attached = kickcall.attach(pid, monitor=borrow)
     return attached
 
 
