@@ -1,0 +1,36 @@
+"""Which machine do the tests of the core share? One with every kind of device, on each QEMU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kickcall.attached import attach
+from kickcall.lab.boot import boot
+from witness import watch_queues
+from zoo import QEMUS, zoo_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kickcall.attached import AttachedMachine
+    from kickcall.lab.image import GuestImage
+    from kickcall.lab.machine import LabMachine
+
+
+@pytest.fixture(scope="session", params=QEMUS)
+def zoo(request: pytest.FixtureRequest, guest_image_built: GuestImage) -> Iterator[LabMachine]:
+    """A machine with all of `ZOO`, on each QEMU in turn. Leave it as you found it.
+
+    QEMU tells in its log which queue of which device it was made to look at.
+    """
+    with boot(zoo_spec(request.param)) as machine:
+        watch_queues(machine)
+        yield machine
+
+
+@pytest.fixture
+def attached(zoo: LabMachine) -> Iterator[AttachedMachine]:
+    with attach(zoo.name) as machine:
+        yield machine

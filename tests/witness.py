@@ -1,0 +1,174 @@
+"""What became of a notification? Asked of those who would know: the guest, QEMU, the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from kickcall.lab.interrupts import parse_interrupts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kickcall.lab.machine import LabMachine
+
+Line = tuple[str, str]
+"""A line of the guest's /proc/interrupts: the device's id, and the driver's name for it."""
+
+_NOTIFIED = re.compile(r"^virtio_queue_notify vdev (0x[0-9a-f]+) n (\d+) vq 0x[0-9a-f]+$", re.M)
+
+
+def until(condition: Callable[[], object], what: str, timeout: float = 10.0) -> None:
+    """Return when `condition` holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(0.005)
+
+
+def never(condition: Callable[[], object], what: str, seconds: float = 0.4) -> None:
+    """Return after `seconds` in which `condition` did not hold once."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert not condition(), what
+        time.sleep(0.02)
+
+
+def interrupt_line(machine: LabMachine, device: str, queue: int) -> Line:
+    """Return the line of a queue's interrupt, by the names that Linux's drivers give them."""
+    match machine.device(device).kind:
+        case "virtio-scsi":  # drivers/scsi/virtio_scsi.c: virtscsi_init
+            return device, ("control", "event")[queue] if queue < 2 else f"request.{queue - 2}"
+        case "virtio-net":  # drivers/net/virtio_net.c: virtnet_find_vqs
+            return device, f"{('input', 'output')[queue % 2]}.{queue // 2}"
+        case _:  # drivers/block/virtio_blk.c: init_vq
+            return device, f"req.{queue}"
+
+
+_QUIET = """
+while before=$(grep virtio /proc/interrupts); sleep 0.02
+    after=$(grep virtio /proc/interrupts); [ "$before" != "$after" ]; do :; done
+echo "$after"; ls -l /sys/bus/virtio/devices
+"""
+
+
+def interrupts(machine: LabMachine) -> Counter[Line]:
+    """Return how often the guest took each interrupt of all virtio devices, once that is at rest.
+
+    At rest: two looks 20 ms apart that show the same.
+    """
+    listing = machine.guest.run(_QUIET).output
+    return Counter(
+        {
+            (device.id, name): count
+            for device in machine.spec.devices
+            for name, count in parse_interrupts(listing, f"0000:00:{device.slot:02x}.0").items()
+        }
+    )
+
+
+def interrupts_after(machine: LabMachine, before: Counter[Line]) -> Counter[Line]:
+    """Return the counts when they have risen, and are at rest again."""
+    until(lambda: interrupts(machine) != before, "the guest takes an interrupt")
+    return interrupts(machine)
+
+
+def rise(before: Counter[Line], after: Counter[Line]) -> dict[Line, int]:
+    """Return the lines that moved, and by how much."""
+    return {line: after[line] - before[line] for line in after if after[line] != before[line]}
+
+
+def eventfd_counts(pid: int) -> dict[int, int]:
+    """Return the count of every eventfd of a process, by descriptor, as fdinfo has it."""
+    counts = {}
+    for entry in os.scandir(f"/proc/{pid}/fdinfo"):
+        try:
+            text = Path(entry.path).read_text()
+        except OSError:
+            continue
+        if found := re.search(r"^eventfd-count:\s*([0-9a-f]+)$", text, re.M):
+            counts[int(entry.name)] = int(found[1], 16)
+    return counts
+
+
+def watch_queues(machine: LabMachine) -> None:
+    """Let QEMU tell in its log which queue of which device it is made to look at."""
+    line = "trace-event virtio_queue_notify on"
+    machine.qmp("human-monitor-command", {"command-line": line})
+
+
+class NotifyTrace:
+    """QEMU's own word on which queue it was made to look at: its trace event virtio_queue_notify.
+
+    `with NotifyTrace(machine) as trace:` sees what happens in the block, and a little later.
+    """
+
+    def __init__(self, machine: LabMachine) -> None:
+        self._log = machine.folder / "qemu.log"
+        self._from = 0
+
+    def __enter__(self) -> Self:
+        self._from = self._log.stat().st_size
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def seen(self) -> list[tuple[str, int]]:
+        """Return (address of the VirtIODevice, queue) of each look since the block began."""
+        text = self._log.read_bytes()[self._from :].decode(errors="replace")
+        return [(vdev, int(queue)) for vdev, queue in _NOTIFIED.findall(text)]
+
+    def wait_for(self, queue: int) -> str:
+        """Return the address of the device whose queue of that number QEMU looks at first."""
+
+        def looks() -> list[str]:
+            return [vdev for vdev, number in self.seen() if number == queue]
+
+        until(looks, f"QEMU looks at a queue {queue}")
+        return looks()[0]
+
+
+_PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_DETACH = 0x4206, 0x4207, 17  # linux/ptrace.h
+_WALL = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+
+
+class StoppedThread:
+    """One thread of a process, held still while the block lasts; the others run on."""
+
+    def __init__(self, pid: int, name: str) -> None:
+        (self.tid,) = (
+            int(task.name)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            # A thread's name has room for 15 bytes (prctl(2), PR_SET_NAME).
+            if (task / "comm").read_text().rstrip("\n") == name[:15]
+        )
+
+    def __enter__(self) -> Self:
+        self._ptrace(_PTRACE_SEIZE)
+        self._ptrace(_PTRACE_INTERRUPT)
+        os.waitpid(self.tid, _WALL)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ptrace(_PTRACE_DETACH)
+
+    def _ptrace(self, request: int) -> None:
+        if _libc.ptrace(request, self.tid, None, None) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), f"ptrace of thread {self.tid}")
+
+
+def process_state(pid: int) -> set[str]:
+    """Return the states of all threads of a process, as `T` for stopped (proc(5))."""
+    return {
+        (task / "stat").read_text().rpartition(")")[2].split()[0]
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    }
