@@ -183,8 +183,8 @@ def socket_error(path: str, exc: OSError) -> KickcallError:
 def resolve(target: str | int) -> tuple[Machine, str | None]:
     """Return the machine that `target` means, and the monitor's path where the target names one.
 
-    `target` is a name, a pid, or `qmp:PATH`; a number is always a pid, digits may be a name. Raises MachineNotFoundError, NotAVmmError,
-    MonitorGoneError or PrivilegeError.
+    `target` is a name, a pid, or `qmp:PATH`; a number is a pid, while digits may be a name. Raises
+    MachineNotFoundError, NotAVmmError, MonitorGoneError or PrivilegeError.
     """
     if isinstance(target, int):
         return _resolve_pid(target), None
