@@ -134,21 +134,41 @@ class NotifyTrace:
         return looks()[0]
 
 
+def own_io(machine: LabMachine, name: str, cpu: int = 0) -> str:
+    """Return a command for the guest that makes it use this device, and on a disk one queue."""
+    match machine.device(name).kind:
+        case "virtio-net":
+            return "ping -c 1 -W 5 10.0.2.2"
+        case _:
+            disk = machine.disk(name)
+            return f"taskset -c {cpu} dd if={disk} of=/dev/null bs=4k count=1 iflag=direct"
+
+
+def virtio_device_address(machine: LabMachine, name: str) -> str:
+    """Return where QEMU has the VirtIODevice that the guest uses as `name`, by QEMU's trace."""
+    command = own_io(machine, name)
+    with NotifyTrace(machine) as trace:
+        status, output = machine.guest.run(command)
+        assert status == 0, output
+        until(trace.seen, f"QEMU looks at a queue of {name}")
+    (address,) = {vdev for vdev, _ in trace.seen()}
+    return address
+
+
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_DETACH = 0x4206, 0x4207, 17  # linux/ptrace.h
 _WALL = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
 
 
-class StoppedThread:
-    """One thread of a process, held still while the block lasts; the others run on."""
+class StoppedIothread:
+    """A device's iothread, held still while the block lasts; the rest of QEMU runs on."""
 
-    def __init__(self, pid: int, name: str) -> None:
+    def __init__(self, machine: LabMachine, device: str) -> None:
         (self.tid,) = (
-            int(task.name)
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            # A thread's name has room for 15 bytes (prctl(2), PR_SET_NAME).
-            if (task / "comm").read_text().rstrip("\n") == name[:15]
+            int(one["thread-id"])
+            for one in machine.qmp("query-iothreads")
+            if one["id"] == f"{device}-iothread"
         )
 
     def __enter__(self) -> Self:

@@ -26,9 +26,11 @@ from witness import (
     interrupt_line,
     interrupts,
     interrupts_after,
+    own_io,
     process_state,
     rise,
     until,
+    virtio_device_address,
     watch_queues,
 )
 from zoo import QEMUS
@@ -104,27 +106,6 @@ def test_each_call_notifier_raises_its_queues_interrupt_once_and_no_other(
         after = interrupts_after(zoo, before)
         assert rise(before, after) == {interrupt_line(zoo, name, queue.map.index): 1}
         before = after
-
-
-def own_io(machine: LabMachine, name: str, cpu: int = 0) -> str:
-    """Return a command for the guest that makes it use this device, and on a disk one queue."""
-    match machine.device(name).kind:
-        case "virtio-net":
-            return "ping -c 1 -W 5 10.0.2.2"
-        case _:
-            disk = machine.disk(name)
-            return f"taskset -c {cpu} dd if={disk} of=/dev/null bs=4k count=1 iflag=direct"
-
-
-def virtio_device_address(machine: LabMachine, name: str) -> str:
-    """Return where QEMU has the VirtIODevice that the guest uses as `name`, by QEMU's trace."""
-    command = own_io(machine, name)
-    with NotifyTrace(machine) as trace:
-        status, output = machine.guest.run(command)
-        assert status == 0, output
-        until(trace.seen, f"QEMU looks at a queue of {name}")
-    (address,) = {vdev for vdev, _ in trace.seen()}
-    return address
 
 
 @pytest.mark.parametrize("name", [*IN_QEMU_DISKS, *sorted(KICK_ONLY)])
