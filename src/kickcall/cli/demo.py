@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kickcall.lab.machine import LabMachine
 
 _DEVICE = "vub0"
-_HANG_S = 1.5
+_HANG_S = 1.0
 """How long a read must have been stuck before the story calls it a hang. A read takes 1 ms."""
 _REPAIR_S = 10.0
 _SOCKET_WAIT_S = 15.0
