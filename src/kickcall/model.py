@@ -216,6 +216,8 @@ class Injection:
     eventfd_id: int | None
     before: Counters
     after: Counters
+    layout: Layout = Layout.SPLIT
+    """What the indices in the counters mean: see QueueState."""
     dry_run: bool = False
     target: str = ""
     """What was written to, in words: `eventfd 1234 (fd 27)`, `I/O port 0xc010`."""

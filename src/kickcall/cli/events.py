@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kickcall.cli.arguments import DeviceArgument, JsonOption, MachineArgument
-from kickcall.cli.output import plain, print_json
+from kickcall.cli.output import index_text, plain, print_json
 from kickcall.model import DeviceEvent
 
 if TYPE_CHECKING:
@@ -101,22 +101,22 @@ def _tell(result: Injection) -> None:
     where = f"queue {result.queue} of {plain(result.device)} on {plain(result.machine)}"
     if result.dry_run:
         typer.echo(f"would {result.event} {where} via {result.via}: {result.target}")
-        typer.echo(f"  now     {_counters(result.before)}")
+        typer.echo(f"  now     {_counters(result, result.before)}")
         return
     done = "kicked" if result.event is DeviceEvent.KICK else "called"
     typer.echo(f"{done} {where} via {result.via}: {result.target}")
-    typer.echo(f"  before  {_counters(result.before)}")
-    typer.echo(f"  after   {_counters(result.after)}  ({WATCH_S * 1000:.0f} ms later)")
+    typer.echo(f"  before  {_counters(result, result.before)}")
+    typer.echo(f"  after   {_counters(result, result.after)}  ({WATCH_S * 1000:.0f} ms later)")
     typer.echo(f"  {_meaning(result)}")
 
 
-def _counters(counters: Counters) -> str:
+def _counters(result: Injection, counters: Counters) -> str:
     return "  ".join(
         f"{name} {plain(value)}"
         for name, value in (
             ("count", counters.count),
-            ("avail.idx", counters.avail_idx),
-            ("used.idx", counters.used_idx),
+            ("avail.idx", index_text(result.layout, counters.avail_idx)),
+            ("used.idx", index_text(result.layout, counters.used_idx)),
         )
     )
 

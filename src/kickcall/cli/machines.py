@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kickcall.cli.arguments import JsonOption, MachineArgument, OptionalDevice
-from kickcall.cli.output import plain, print_json, print_table
+from kickcall.cli.output import index_text, plain, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,9 +148,9 @@ def _print_device(device: AttachedDevice, states: list[QueueState]) -> None:
             (
                 state.queue,
                 state.size,
-                _index(state, state.avail_idx),
-                _index(state, state.last_avail_idx),
-                _index(state, state.used_idx),
+                index_text(state.layout, state.avail_idx),
+                index_text(state.layout, state.last_avail_idx),
+                index_text(state.layout, state.used_idx),
                 state.outstanding,
                 _wanted(state, state.avail_event, state.used_flags),
                 _wanted(state, state.used_event, state.avail_flags),
@@ -165,19 +165,12 @@ def _print_device(device: AttachedDevice, states: list[QueueState]) -> None:
             typer.echo(f"  queue {state.queue}: {plain(note)}")
 
 
-def _index(state: QueueState, value: int | None) -> str | None:
-    """Return an index as people read it: a packed position as OFFSET and wrap counter."""
-    if value is None:
-        return None
-    return str(value) if state.layout == "split" else f"{value & 0x7FFF}w{value >> 15}"
-
-
 def _wanted(state: QueueState, event: int | None, flags: int | None) -> str | None:
     """Return when the other side wants its notification (virtio 1.4, 2.7.7, 2.7.10, 2.8.10)."""
     if flags is None:
         return None
     if state.layout == "packed":
-        modes = {0: "always", 1: "never", 2: f"at {_index(state, event)}"}
+        modes = {0: "always", 1: "never", 2: f"at {index_text(state.layout, event)}"}
         return modes.get(flags, "reserved")
     if event is not None:
         return f"past {event}"

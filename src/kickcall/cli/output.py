@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from kickcall.model import Layout
+
 
 def print_json(value: Any) -> None:
     """Print `value` (dataclasses included) as one JSON document."""
@@ -39,7 +41,17 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     if not console.is_terminal:
         # A pipe has no width; a table that is cut to 80 columns loses what was asked for.
         console = Console(width=200)
-    console.print(table)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def index_text(layout: Layout, value: int | None) -> str | None:
+    """Return an index as people read it: a packed position as OFFSET, `w` and wrap counter."""
+    if value is None:
+        return None
+    return str(value) if layout == "split" else f"{value & 0x7FFF}w{value >> 15}"
 
 
 def plain(value: object) -> str:

@@ -83,6 +83,7 @@ class DeviceClass(ABC):
             eventfd_id=way.eventfd_id,
             before=before,
             after=way.counters() if not dry_run else before,
+            layout=queue_map.layout,
             dry_run=dry_run,
             target=way.target,
         )
