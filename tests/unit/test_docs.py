@@ -10,7 +10,9 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from typer.testing import CliRunner
 
+from kickcall.cli import main
 from kickcall.model import Via
 from markdown_pages import ROOT, Block, anchors, blocks, links, pages
 
@@ -40,9 +42,6 @@ def shown_commands() -> Iterator[tuple[str, list[str]]]:
     "words", [pytest.param(words, id=where) for where, words in shown_commands()]
 )
 def test_a_command_in_the_documentation_is_one_that_kickcall_has(words: list[str]) -> None:
-    main = pytest.importorskip("kickcall.cli.main", reason="there is no command line yet")
-    from typer.testing import CliRunner
-
     # With --help nothing is done, but an unknown command or option is still an error.
     result = CliRunner().invoke(main.app, [*words, "--help"])
     assert result.exit_code == 0, result.output
