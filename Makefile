@@ -37,7 +37,7 @@ docs: ## the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: ## the numbers that must hold, as ratios
-	@$(SETUP) dev lab
+	@$(SETUP) dev lab bench
 	$(PY) -m pytest bench $(PYTEST_ARGS)
 
 setup: ## all that the other targets would set up

@@ -6,6 +6,7 @@
 #   docs   the same, with what builds the documentation
 #   lab    the programs that boot lab guests (Debian packages)
 #   rigs   the programs that only the tests on real QEMU use (Debian packages)
+#   bench  what kickcall is measured against (Debian packages)
 #
 # PYTHON names the interpreter to build the environment with (3.11 or newer).
 set -eu
@@ -25,7 +26,11 @@ debootstrap           debootstrap
 socat                 socat
 nc                    netcat-openbsd
 gcc                   gcc
+objcopy               binutils
 /usr/include/stdio.h  libc6-dev
+'
+BENCH='
+gdb                   gdb
 '
 
 say() { echo "setup: $*"; }
@@ -143,7 +148,7 @@ made_from() { echo "$(cksum <pyproject.toml) $PWD"; }
 ready() { [ -x .venv/bin/python ] && [ "$(cat "$1" 2>/dev/null)" = "$(made_from)" ]; }
 pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 
-[ $# -gt 0 ] || fail "say what: run, dev, docs, lab, rigs"
+[ $# -gt 0 ] || fail "say what: run, dev, docs, lab, rigs, bench"
 mkdir -p .cache
 # Two makes at once must not write the same environment.
 if present flock; then
@@ -158,7 +163,8 @@ for what; do
     docs) need_environment docs docs ;;
     lab) programs="$programs$LAB" ;;
     rigs) programs="$programs$RIGS" ;;
-    *) fail "nothing is called $what here: run, dev, docs, lab, rigs" ;;
+    bench) programs="$programs$BENCH" ;;
+    *) fail "nothing is called $what here: run, dev, docs, lab, rigs, bench" ;;
     esac
 done
 if [ -n "$programs" ]; then

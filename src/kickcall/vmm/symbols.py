@@ -65,16 +65,19 @@ def virtqueue_layout(pid: int) -> Layout | None:
 
 
 def read_layout(path: Path) -> Layout | None:
-    """Return the layout in the symbol file `path`; None where it has none of QEMU's types."""
+    """Return the layout in the symbol file `path`; None where `Layout` cannot describe what it has.
+
+    That is a file without QEMU's types, or with fields in an order that no QEMU had so far.
+    """
     import drgn
 
     program = drgn.Program()
     try:
-        program.load_debug_info([str(path)])
+        # Nothing is loaded into a program without a target: its one module is made by hand.
+        program.extra_module("qemu", create=True).try_file(path, force=True)
         queue: Any = program.type("struct VirtQueue")
         owner: Any = program.type("struct VirtIODevice")
         notifier: Any = program.type("struct EventNotifier")
-        call = drgn.offsetof(queue, "guest_notifier")
         layout = Layout(
             stride=drgn.sizeof(queue),
             desc=drgn.offsetof(queue, "vring.desc"),
@@ -84,8 +87,26 @@ def read_layout(path: Path) -> Layout | None:
             owner_vq=drgn.offsetof(owner, "vq"),
             source="symbols",
         )
-        kick = drgn.offsetof(queue, "host_notifier")
-    except (LookupError, OSError, drgn.MissingDebugInfoError):
+        found = {
+            name: drgn.offsetof(struct, name)
+            for struct, names in (
+                (queue, ("vring.num", "vring.avail", "vring.used")),
+                (queue, ("guest_notifier", "host_notifier")),
+                (notifier, ("rfd", "wfd")),
+                (notifier, ("initialized",) if layout.notifier_size > 8 else ()),
+            )
+            for name in names
+        }
+    except Exception:  # drgn raises bare Exceptions where a file's DWARF is malformed
         return None
-    # A QEMU whose struct is ordered otherwise is not one that `Layout` can describe.
-    return layout if (call, kick) == (layout.call, layout.kick) else None
+    assumed = {
+        "vring.num": 0,
+        "vring.avail": layout.desc + 8,
+        "vring.used": layout.desc + 16,
+        "guest_notifier": layout.call,
+        "host_notifier": layout.kick,
+        "rfd": 0,
+        "wfd": 4,
+        "initialized": 8,
+    }
+    return layout if all(assumed[name] == at for name, at in found.items()) else None
