@@ -15,11 +15,11 @@ from kickcall.errors import KickcallError, MachineGoneError, PrivilegeError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-_IOV_MAX = 1024  # limits.h; process_vm_readv(2) takes no more on either side
+IOV_MAX = 1024  # limits.h; process_vm_readv(2) takes no more on either side
 _libc = ctypes.CDLL(None, use_errno=True)
-_readv = _libc.process_vm_readv
-_readv.restype = ctypes.c_ssize_t
-_readv.argtypes = [
+readv = _libc.process_vm_readv
+readv.restype = ctypes.c_ssize_t
+readv.argtypes = [
     ctypes.c_int,
     ctypes.c_void_p,
     ctypes.c_ulong,
@@ -29,7 +29,9 @@ _readv.argtypes = [
 ]
 
 
-class _Iovec(ctypes.Structure):
+class Iovec(ctypes.Structure):
+    """`struct iovec` (readv(2))."""
+
     _fields_ = (("base", ctypes.c_size_t), ("len", ctypes.c_size_t))
 
 
@@ -42,6 +44,15 @@ class Mapping:
     permissions: str
     inode: int
     name: str
+    device: str = ""
+    """Of the file, as `major:minor` in hexadecimal."""
+    offset: int = 0
+    """Where in the file the mapping begins, in bytes."""
+
+    @property
+    def shared(self) -> bool:
+        """What is written there is seen by others who map the same file."""
+        return self.permissions.endswith("s")
 
     @property
     def anonymous(self) -> bool:
@@ -49,7 +60,8 @@ class Mapping:
         return self.inode == 0 and self.permissions.endswith("p")
 
 
-def _refused(pid: int, exc: OSError) -> KickcallError:
+def refused(pid: int, exc: OSError) -> KickcallError:
+    """Return the error for what the kernel said to a look into process `pid`."""
     if exc.errno in (errno.EPERM, errno.EACCES):
         return PrivilegeError(
             f"not permitted to read the memory of process {pid}: "
@@ -69,9 +81,19 @@ def mappings(pid: int) -> list[Mapping]:
                 parts = line.decode(errors="replace").split(None, 5)
                 start, _, end = parts[0].partition("-")
                 name = parts[5].rstrip("\n") if len(parts) > 5 else ""
-                found.append(Mapping(int(start, 16), int(end, 16), parts[1], int(parts[4]), name))
+                found.append(
+                    Mapping(
+                        start=int(start, 16),
+                        end=int(end, 16),
+                        permissions=parts[1],
+                        inode=int(parts[4]),
+                        name=name,
+                        device=parts[3],
+                        offset=int(parts[2], 16),
+                    )
+                )
     except OSError as exc:
-        raise _refused(pid, exc) from exc
+        raise refused(pid, exc) from exc
     return found
 
 
@@ -85,7 +107,7 @@ def present_runs(pid: int, where: Sequence[Mapping]) -> Iterator[tuple[int, int]
     try:
         pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
-        raise _refused(pid, exc) from exc
+        raise refused(pid, exc) from exc
     try:
         for mapping in where:
             count = (mapping.end - mapping.start) // page
@@ -113,7 +135,7 @@ def read_many(pid: int, ranges: Sequence[tuple[int, int]]) -> list[bytes | None]
     """
     found: list[bytes | None] = []
     while len(found) < len(ranges):
-        batch = ranges[len(found) : len(found) + _IOV_MAX]
+        batch = ranges[len(found) : len(found) + IOV_MAX]
         found.extend(_read_batch(pid, batch))
     return found
 
@@ -121,13 +143,13 @@ def read_many(pid: int, ranges: Sequence[tuple[int, int]]) -> list[bytes | None]
 def _read_batch(pid: int, ranges: Sequence[tuple[int, int]]) -> list[bytes | None]:
     total = sum(length for _, length in ranges)
     buffer = ctypes.create_string_buffer(max(total, 1))
-    local = _Iovec(ctypes.addressof(buffer), total)
-    remote = (_Iovec * len(ranges))(*(_Iovec(*one) for one in ranges))
-    done = _readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0)
+    local = Iovec(ctypes.addressof(buffer), total)
+    remote = (Iovec * len(ranges))(*(Iovec(*one) for one in ranges))
+    done = readv(pid, ctypes.byref(local), 1, remote, len(ranges), 0)
     if done < 0:
         code = ctypes.get_errno()
         if code != errno.EFAULT:
-            raise _refused(pid, OSError(code, os.strerror(code)))
+            raise refused(pid, OSError(code, os.strerror(code)))
         done = 0
     found: list[bytes | None] = []
     raw = memoryview(buffer)
@@ -158,7 +180,7 @@ def slabs(
     try:
         mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
-        raise _refused(pid, exc) from exc
+        raise refused(pid, exc) from exc
     try:
         for start, end in ranges:
             for at in range(start, end, size):

@@ -11,7 +11,7 @@ from kickcall.virtio import packed, split
 from kickcall.vmm import layout as layouts
 
 if TYPE_CHECKING:
-    from kickcall.model import Notifier, NotifierState, QueueMap, Rings
+    from kickcall.model import Notifier, NotifierState, QueueMap
     from kickcall.vmm.session import MappedDevice, VmmSession
 
 _NUM_MAX = 1 << 15
@@ -78,41 +78,47 @@ def notifier_state(session: VmmSession, notifier: Notifier | None) -> NotifierSt
 
 def ring_view(session: VmmSession, device: MappedDevice, queue: QueueMap) -> RingView:
     """Return what the queue's rings say. Every value in them may be the guest's lie."""
-    if not 0 < queue.rings.num <= _NUM_MAX:
-        return RingView(notes=(f"a queue of {queue.rings.num} entries cannot be: not read",))
-    if session.has_iommu and "VIRTIO_F_IOMMU_PLATFORM" in device.device.features:
-        return RingView(notes=("behind a virtual IOMMU its rings cannot be located: not read",))
+    where, problem = locate(session, device, queue)
+    if problem:
+        return RingView(notes=(problem,))
     if queue.layout is Layout.PACKED:
-        return _packed_view(session, device, queue)
-    return _split_view(session, device, queue)
+        return _packed_view(session, device, queue, where)
+    return _split_view(session, device, queue, where)
 
 
-def _locate(session: VmmSession, ranges: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+def locate(
+    session: VmmSession, device: MappedDevice, queue: QueueMap
+) -> tuple[list[tuple[int, int]], str]:
+    """Return where the queue's fields lie in the VMM (address, length), or why they are not read.
+
+    Split: as `split.fields` has them. Packed: the descriptors, the driver's event area, and the
+    device's.
+    """
+    rings = queue.rings
+    if not 0 < rings.num <= _NUM_MAX:
+        return [], f"a queue of {rings.num} entries cannot be: not read"
+    if session.has_iommu and "VIRTIO_F_IOMMU_PLATFORM" in device.device.features:
+        return [], "behind a virtual IOMMU its rings cannot be located: not read"
+    if queue.layout is Layout.PACKED:
+        ranges = [(rings.desc, rings.num * packed.DESC_SIZE), (rings.avail, 4), (rings.used, 4)]
+    else:
+        ranges = split.fields(rings.avail, rings.used, rings.num, device.device.event_idx)
     found = []
     for gpa, length in ranges:
         hva = session.memory.translate(gpa, length)
         if hva is None:
-            return None
+            return [], (
+                f"its rings (desc {rings.desc:#x}, avail {rings.avail:#x}, used {rings.used:#x}) "
+                "do not lie in guest RAM: not read"
+            )
         found.append((hva, length))
-    return found
+    return found, ""
 
 
-def _outside(rings: Rings) -> RingView:
-    return RingView(
-        notes=(
-            f"its rings (desc {rings.desc:#x}, avail {rings.avail:#x}, used {rings.used:#x}) "
-            "do not lie in guest RAM: not read",
-        )
-    )
-
-
-def _split_view(session: VmmSession, device: MappedDevice, queue: QueueMap) -> RingView:
+def _split_view(
+    session: VmmSession, device: MappedDevice, queue: QueueMap, where: list[tuple[int, int]]
+) -> RingView:
     rings = queue.rings
-    where = _locate(
-        session, split.fields(rings.avail, rings.used, rings.num, device.device.event_idx)
-    )
-    if where is None:
-        return _outside(rings)
     parts = memory.read_many(session.process.pid, [*where, *session.position_ranges(device, queue)])
     fields = [part for part in parts[: len(where)] if part is not None]
     if len(fields) < len(where):
@@ -136,14 +142,10 @@ def _split_view(session: VmmSession, device: MappedDevice, queue: QueueMap) -> R
     )
 
 
-def _packed_view(session: VmmSession, device: MappedDevice, queue: QueueMap) -> RingView:
+def _packed_view(
+    session: VmmSession, device: MappedDevice, queue: QueueMap, where: list[tuple[int, int]]
+) -> RingView:
     rings = queue.rings
-    where = _locate(
-        session,
-        [(rings.desc, rings.num * packed.DESC_SIZE), (rings.avail, 4), (rings.used, 4)],
-    )
-    if where is None:
-        return _outside(rings)
     parts = memory.read_many(session.process.pid, [*where, *session.position_ranges(device, queue)])
     if parts[0] is None or parts[1] is None or parts[2] is None:
         return _UNREADABLE
@@ -155,14 +157,12 @@ def _packed_view(session: VmmSession, device: MappedDevice, queue: QueueMap) -> 
         avail_event=of_device.desc,
     )
     position = layouts.parse_positions(parts[3]) if len(parts) > 3 else None
-    if position is None or position.last_avail_idx >= rings.num or position.used_idx >= rings.num:
+    if position is None or max(position.last_avail_idx, position.used_idx) >= rings.num:
         return replace(
             view,
             notes=("a packed ring tells no position, and neither does the device's back-end",),
         )
-    fetched = packed.Position(position.last_avail_idx, position.last_avail_wrap)
-    used = packed.Position(position.used_idx, position.used_wrap)
-    published = fetched.advance(packed.count_available(parts[0], fetched), rings.num)
+    published, fetched, used = packed_positions(parts[0], position, rings.num)
     return replace(
         view,
         avail_idx=published.encode(),
@@ -170,3 +170,15 @@ def _packed_view(session: VmmSession, device: MappedDevice, queue: QueueMap) -> 
         last_avail_idx=fetched.encode(),
         outstanding=packed.distance(used, published, rings.num),
     )
+
+
+def packed_positions(
+    ring: bytes, stored: layouts.StoredPositions, num: int
+) -> tuple[packed.Position, packed.Position, packed.Position]:
+    """Return how far the driver has published, and the device has fetched and used.
+
+    The driver's position stands nowhere: it is where the available descriptors end.
+    """
+    fetched = packed.Position(stored.last_avail_idx, stored.last_avail_wrap)
+    used = packed.Position(stored.used_idx, stored.used_wrap)
+    return fetched.advance(packed.count_available(ring, fetched), num), fetched, used
