@@ -30,7 +30,7 @@ class DeviceClass(ABC):
     """
 
     name: ClassVar[str]
-    """What `kickcall show` calls the kind."""
+    """What messages and `AttachedDevice.kind` call the kind."""
     priority: ClassVar[int] = 0
 
     def __init__(self, session: VmmSession, mapped: MappedDevice) -> None:
