@@ -65,13 +65,16 @@ class Process:
             raise MachineGoneError(f"process {pid} ended")
         self.start_time = started
 
-    def alive(self) -> bool:
-        """Tell whether the process still runs: the pidfd of an ended one polls readable."""
-        return not self._poll.poll(0)
+    def alive(self, wait_s: float = 0.0) -> bool:
+        """Tell whether the process still runs: the pidfd of an ended one polls readable.
 
-    def check_alive(self) -> None:
-        """Raise MachineGoneError where the process ended."""
-        if not self.alive():
+        `wait_s` is how many seconds it is given to end.
+        """
+        return not self._poll.poll(wait_s * 1000)
+
+    def check_alive(self, wait_s: float = 0.0) -> None:
+        """Raise MachineGoneError where the process ended, or does so within `wait_s` seconds."""
+        if not self.alive(wait_s):
             raise MachineGoneError(f"process {self.pid} ended since it was attached")
 
     def duplicate_fd(self, fd: int) -> int:

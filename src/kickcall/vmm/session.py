@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
@@ -12,6 +13,7 @@ from kickcall.errors import (
     KickcallError,
     MachineGoneError,
     MapError,
+    MonitorGoneError,
     QueueNotFoundError,
     QueueNotReadyError,
     StaleMapError,
@@ -24,11 +26,15 @@ from kickcall.vmm import notifiers, symbols, virtio
 from kickcall.vmm.guest_memory import GuestMemory, read_guest_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kickcall.model import Device, Machine
     from kickcall.vmm.layout import Slot
     from kickcall.vmm.monitor import BorrowMonitor, Monitor
 
 _IOMMU = re.compile(r"\b(intel-iommu|amd-iommu|virtio-iommu|smmuv3|riscv-iommu)")
+_ENDING_S = 0.2
+"""Seconds that a process which closed its monitor is given to end."""
 _MAPPING_TRIES = 3
 """How often a device is asked for again whose queues changed between two questions."""
 
@@ -95,7 +101,7 @@ class VmmSession:
         self, machine: Machine, borrow: BorrowMonitor, *, monitor_is_ours: bool = False
     ) -> None:
         self.machine = machine
-        self.borrow = borrow
+        self._borrow = borrow
         self.monitor_is_ours = monitor_is_ours
         """The monitor is a `kickcall qmp`, not the VMM's own."""
         self.has_iommu = any(_IOMMU.search(argument) for argument in machine.command)
@@ -108,6 +114,21 @@ class VmmSession:
             self.refresh()
         except BaseException:
             self.process.close()
+            raise
+
+    @contextmanager
+    def borrow(self) -> Iterator[Monitor]:
+        """Open a monitor of the machine for as long as the block lasts.
+
+        Raises the errors of `vmm.monitor.borrow`, and MachineGoneError where it went away with the
+        machine.
+        """
+        try:
+            with self._borrow() as monitor:
+                yield monitor
+        except MonitorGoneError:
+            # The sockets of a killed process are closed a little before it has ended.
+            self.process.check_alive(_ENDING_S)
             raise
 
     def refresh(self) -> None:
