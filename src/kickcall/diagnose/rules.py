@@ -49,33 +49,11 @@ RULES: tuple[Rule, ...] = (
         "Resume the machine (`cont`) if it should run.",
     ),
     Rule(
-        VerdictKind.RING_CORRUPT,
-        1,
-        lambda view: (
-            view.indices_impossible and view.avail_ran_away and view.driver_should_have_looked
-        ),
-        "More entries are published than the queue can hold, or an event area is in a mode that "
-        "does not exist.",
-        "2.7.13.3.1, 2.8.10",
-        "The driver's side of the ring is damaged: dump the guest's memory, then reset the device.",
-    ),
-    Rule(
-        VerdictKind.RING_CORRUPT,
-        6,
-        lambda view: view.indices_impossible and view.driver_should_have_looked,
-        "More entries are completed than were published.",
-        "2.7.8",
-        "The device's side of the ring is damaged: collect the back-end's log, then reset the "
-        "device.",
-    ),
-    Rule(
         VerdictKind.DEVICE_NOT_READY,
         0,
-        lambda view: (
-            view.slow is not None and (view.slow.driver_ok is False or view.slow.broken is True)
-        ),
-        "The driver has not set the device up, or the device needs a reset.",
-        "2.1, 2.1.2",
+        lambda view: view.slow is not None and view.slow.driver_ok is False,
+        "The driver has not set the device up: its rings mean nothing.",
+        "2.1",
         "Look at the guest's log for the driver's complaint.",
     ),
     Rule(
@@ -87,9 +65,40 @@ RULES: tuple[Rule, ...] = (
         "The evidence names the reason.",
     ),
     Rule(
+        VerdictKind.RING_CORRUPT,
+        1,
+        lambda view: view.published_impossible and view.driver_should_have_looked,
+        "More entries are published than the queue can hold, or the driver's event area is in a "
+        "mode that does not exist.",
+        "2.7.13.3.1, 2.8.10",
+        "The driver's side of the ring is damaged: dump the guest's memory, then reset the device.",
+    ),
+    Rule(
+        VerdictKind.RING_CORRUPT,
+        6,
+        lambda view: view.completed_impossible and view.driver_should_have_looked,
+        "More entries are completed than were published, or the device's event area is in a mode "
+        "that does not exist.",
+        "2.7.8, 2.8.10",
+        "The device's side of the ring is damaged: collect the back-end's log, then reset the "
+        "device.",
+    ),
+    Rule(
+        VerdictKind.DEVICE_NOT_READY,
+        0,
+        lambda view: view.slow is not None and view.slow.broken is True,
+        "The device gave up on the driver, and needs a reset.",
+        "2.1.2",
+        "Look at the VMM's log for what the device complained about, then reset it.",
+    ),
+    Rule(
         VerdictKind.BACKEND_GONE,
         4,
-        lambda view: view.backend_left and (view.work_waits or view.kick_unread),
+        lambda view: (
+            view.backend_left
+            and view.device_should_have_looked
+            and (view.work_waits or view.count_stays)
+        ),
         "Work is outstanding, and no process but the VMM holds the kick notifier.",
         "vhost-user protocol: SET_VRING_KICK, GET_VRING_BASE",
         "Restart the back-end and let QEMU reconnect (`reconnect=` on its chardev), or reset the "
@@ -122,7 +131,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.DEVICE_STUCK,
         5,
-        lambda view: view.work_waits and view.backend_busy and view.device_should_have_finished,
+        lambda view: (
+            view.work_waits
+            and view.backend_busy
+            and view.device_should_have_finished
+            and not view.kick_was_owed
+        ),
         "The back-end runs, or waits for a disk, and does not fetch what is published.",
         "2.7.13.4",
         _ASK_BACKEND,
@@ -130,7 +144,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.PROGRESSING,
         0,
-        lambda view: view.work_waits and view.backend_busy,
+        lambda view: view.work_waits and view.may_yet_look,
         "Work is outstanding, and the back-end is busy.",
         "2.7.13.4",
         "Nothing.",
@@ -156,6 +170,16 @@ RULES: tuple[Rule, ...] = (
         "it has seen it: this is a lost kick, or a slow device.",
         "2.7.10",
         "Let a probe find out: {probe}",
+        DeviceEvent.KICK,
+    ),
+    Rule(
+        VerdictKind.UNKNOWN,
+        0,
+        lambda view: view.work_waits and view.device_should_have_looked and view.may_be_at_work,
+        "Work is outstanding. The back-end keeps its position to itself: this is a lost kick, or "
+        "a slow device at work with its kicks off.",
+        "2.7.10, 2.8.10",
+        "Watch it for longer than a slow device needs, or let a probe find out: {probe}",
         DeviceEvent.KICK,
     ),
     Rule(
@@ -253,12 +277,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.CALL_SUPPRESSED,
         7,
-        lambda view: (
-            view.calls_off
-            and not view.fixed.event_idx
-            and view.fixed.calls_when_idle
-            and view.driver_should_have_looked
-        ),
+        lambda view: view.calls_left_off and view.driver_should_have_looked,
         "The driver switched its calls off and did not switch them on again.",
         "2.7.7, 2.8.10",
         "{call}",
@@ -292,6 +311,16 @@ RULES: tuple[Rule, ...] = (
         ),
         "All work is done. Without the event index nothing tells whether the driver has reaped "
         "it: a lost call would look like this, and so does an idle queue.",
+        "2.7.7",
+        "If the guest hangs, let a probe find out: {probe}",
+        DeviceEvent.CALL,
+    ),
+    Rule(
+        VerdictKind.UNKNOWN,
+        0,
+        lambda view: view.much_unreaped,
+        "All work is done, and much of it not reaped by a driver that does so when it gets around "
+        "to it: a lost call would look like this, and so does an idle queue.",
         "2.7.7",
         "If the guest hangs, let a probe find out: {probe}",
         DeviceEvent.CALL,

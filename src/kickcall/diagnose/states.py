@@ -88,6 +88,9 @@ class BackendThread:
     tid: int
     comm: str
     state: ThreadState
+    waits_in: str = ""
+    """The system call that it sleeps in, as `ppoll` (/proc/PID/task/TID/syscall, proc(5)); empty
+    where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,18 @@ class Track:
     now: Sample
     device_still_since: float
     """Since when the device has shown no progress while work was outstanding."""
+    device_looks: int
+    """Looks since then. Positions repeat (packed: every two laps), and a busy queue may be found at
+    the same place twice."""
+    unfetched_since: float
+    """Since when there has been something for the device to look at, and it has not moved."""
     driver_still_since: float
-    """Since when the driver has shown no progress."""
+    """Since when the driver has shown no progress, with nothing new from the device."""
+    driver_looks: int
+    """Looks since then."""
     unread_since: float | None
-    """Since when the kick notifier's count has not been 0 at any look; None while it is 0."""
+    """Since when the kick notifier's count has not been 0, nor less than before, at any look; None
+    while it is 0."""
     untaken_since: float | None
     """The same for the call notifier."""
     moved_at: float
@@ -37,7 +45,10 @@ def start(sample: Sample) -> Track:
         first=sample,
         now=sample,
         device_still_since=at,
+        device_looks=1,
+        unfetched_since=at,
         driver_still_since=at,
+        driver_looks=1,
         unread_since=at if sample.kick_count else None,
         untaken_since=at if sample.call_count else None,
         moved_at=at,
@@ -50,16 +61,24 @@ def advance(track: Track, sample: Sample, fixed: QueueFixed) -> Track:
     device = _device_side(sample) != _device_side(was)
     driver = _driver_side(sample) != _driver_side(was)
     # Work that appears in an empty queue starts the device's clock; more of it does not: a driver
-    # that goes on publishing is no sign that the device looks.
-    idle = not outstanding(fixed, was)
+    # that goes on publishing is no sign that the device looks. A device that is still at what it
+    # fetched long ago has all the time of a notification for what is published now.
+    device_restarts = device or outstanding(fixed, was) == 0
+    driver_restarts = driver or device
+    at = sample.at
     return replace(
         track,
         now=sample,
-        device_still_since=sample.at if device or idle else track.device_still_since,
-        driver_still_since=sample.at if driver or device else track.driver_still_since,
-        unread_since=_since(track.unread_since, sample.kick_count, sample.at),
-        untaken_since=_since(track.untaken_since, sample.call_count, sample.at),
-        moved_at=sample.at if device or driver else track.moved_at,
+        device_still_since=at if device_restarts else track.device_still_since,
+        device_looks=1 if device_restarts else track.device_looks + 1,
+        unfetched_since=(
+            at if device_restarts or all_fetched(fixed, was) else track.unfetched_since
+        ),
+        driver_still_since=at if driver_restarts else track.driver_still_since,
+        driver_looks=1 if driver_restarts else track.driver_looks + 1,
+        unread_since=_since(track.unread_since, was.kick_count, sample.kick_count, at),
+        untaken_since=_since(track.untaken_since, was.call_count, sample.call_count, at),
+        moved_at=at if device or driver else track.moved_at,
     )
 
 
@@ -79,10 +98,12 @@ def _driver_side(sample: Sample) -> tuple[object, ...]:
     return (sample.avail_idx, sample.avail_flags, sample.used_event)
 
 
-def _since(since: float | None, count: int | None, at: float) -> float | None:
+def _since(since: float | None, was: int | None, count: int | None, at: float) -> float | None:
     if not count:
         return None
-    return at if since is None else since
+    # A notifier only counts up until it is read: less than before means that somebody did.
+    read_between = was is not None and count < was
+    return at if since is None or read_between else since
 
 
 def outstanding(fixed: QueueFixed, sample: Sample) -> int | None:
@@ -101,6 +122,24 @@ def unfetched(fixed: QueueFixed, sample: Sample) -> int | None:
     if sample.avail_idx is None or sample.last_avail_idx is None:
         return None
     return span(fixed, sample.last_avail_idx, sample.avail_idx)
+
+
+def all_fetched(fixed: QueueFixed, sample: Sample) -> bool:
+    """Tell whether the device has certainly seen all that was published.
+
+    Its own position says so; where that is not known, a device that re-armed its kick at the
+    driver's index has looked that far (virtio 1.4, 2.7.10 and 2.8.10).
+    """
+    left = unfetched(fixed, sample)
+    if left is not None:
+        return left == 0
+    return fixed.event_idx and sample.avail_idx is not None and _rearmed(fixed, sample)
+
+
+def _rearmed(fixed: QueueFixed, sample: Sample) -> bool:
+    if fixed.layout is Layout.PACKED and sample.used_flags != packed.EVENT_FLAGS_DESC:
+        return False
+    return sample.avail_event == sample.avail_idx
 
 
 def span(fixed: QueueFixed, start_idx: int, end_idx: int) -> int:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kickcall.diagnose.states import BackendThread, QueueRole, SlowFacts, ThreadState
-from kickcall.diagnose.track import Track, outstanding, span, unfetched
+from kickcall.diagnose.track import Track, all_fetched, outstanding, span, unfetched
 from kickcall.model import BackendKind, Layout
 
 if TYPE_CHECKING:
@@ -15,10 +15,19 @@ if TYPE_CHECKING:
 
     from kickcall.diagnose.states import QueueFixed, Thresholds
 
-_SPLIT_HALF = 1 << 15
-
 PACKED_ENABLE, PACKED_DISABLE, PACKED_DESC = 0, 1, 2
-"""Modes of an event suppression area (virtio 1.4, 2.8.10)."""
+"""Modes of an event suppression area (virtio 1.4, 2.8.10); 3 is reserved."""
+
+_LOOKS = 3
+"""Looks that a stall needs at the least: one or two may find a busy queue at the same place."""
+
+_EVENT_WAITS = frozenset(
+    {"poll", "ppoll", "select", "pselect6"}
+    | {"epoll_wait", "epoll_pwait", "epoll_pwait2", "io_uring_enter"}
+)
+"""System calls in which an event loop with nothing to do sleeps."""
+_POOL_WAITS = frozenset({"futex"})
+"""Where the idle threads of a pool sleep."""
 
 
 @dataclass
@@ -45,17 +54,23 @@ class View:
     @property
     def device_should_have_looked(self) -> bool:
         """A notification had time enough to be noticed by the device."""
-        return self.device_still_s >= self.limits.notification_s
+        track = self.track
+        return (
+            track.now.at - track.unfetched_since >= self.limits.notification_s
+            and track.device_looks >= _LOOKS
+        )
 
     @property
     def device_should_have_finished(self) -> bool:
         """Even a slow device had time enough."""
-        return self.device_still_s >= self.limits.device_s
+        return self.device_still_s >= self.limits.device_s and self.track.device_looks >= _LOOKS
 
     @property
     def driver_should_have_looked(self) -> bool:
         """A notification had time enough to be noticed by the driver."""
-        return self.driver_still_s >= self.limits.notification_s
+        return (
+            self.driver_still_s >= self.limits.notification_s and self.track.driver_looks >= _LOOKS
+        )
 
     @property
     def moved_lately(self) -> bool:
@@ -82,35 +97,34 @@ class View:
         """The driver asked for something and has no answer."""
         return self.fixed.role is QueueRole.REQUEST and self.waiting > 0
 
-    @cached_property
-    def indices_impossible(self) -> bool:
-        """More is outstanding than the queue can hold, or an event area has a reserved mode."""
-        now = self.track.now
-        count = outstanding(self.fixed, now)
-        if count is not None and count > self.fixed.size:
-            return True
-        return self.fixed.layout is Layout.PACKED and 3 in (now.avail_flags, now.used_flags)
+    @property
+    def too_many_outstanding(self) -> bool:
+        """More is outstanding than the queue can hold."""
+        count = outstanding(self.fixed, self.track.now)
+        return count is not None and count > self.fixed.size
 
     @property
-    def avail_ran_away(self) -> bool:
-        """The driver's index is further ahead of the device's position than the queue is long."""
-        count = unfetched(self.fixed, self.track.now)
-        return count is None or count > self.fixed.size
+    def published_impossible(self) -> bool:
+        """What the driver wrote cannot be: its index is further ahead than the queue is long, or
+        its event area is in the reserved mode."""
+        left = unfetched(self.fixed, self.track.now)
+        ran_away = self.too_many_outstanding and (left is None or left > self.fixed.size)
+        return ran_away or self._reserved(self.track.now.avail_flags)
+
+    @property
+    def completed_impossible(self) -> bool:
+        """What the device wrote cannot be."""
+        return self.too_many_outstanding or self._reserved(self.track.now.used_flags)
+
+    def _reserved(self, mode: int | None) -> bool:
+        return self.fixed.layout is Layout.PACKED and mode == 3
 
     # --- kicks ---
 
     @cached_property
     def fetched(self) -> bool:
-        """The device has seen all that was published.
-
-        Its own position says so; where that is not known, a device that re-armed its kick at the
-        driver's index has looked that far (virtio 1.4, 2.7.10 and 2.8.10).
-        """
-        left = unfetched(self.fixed, self.track.now)
-        if left is not None:
-            return left == 0
-        now = self.track.now
-        return self.fixed.event_idx and now.avail_event == now.avail_idx
+        """The device has certainly seen all that was published."""
+        return all_fetched(self.fixed, self.track.now)
 
     @property
     def position_known(self) -> bool:
@@ -149,20 +163,33 @@ class View:
         return self.fixed.backend is not BackendKind.VHOST_KERNEL
 
     @property
-    def kick_unread(self) -> bool:
-        """A kick has been waiting in the notifier for longer than anybody healthy needs."""
+    def count_stays(self) -> bool:
+        """The kick notifier was not seen empty for longer than anybody healthy needs to read it."""
         since = self.track.unread_since
         return (
             self.drained_by_reading
             and since is not None
             and self.track.now.at - since >= self.limits.notification_s
-            and self._device_did_nothing
         )
 
     @property
-    def _device_did_nothing(self) -> bool:
-        track = self.track
-        return track.now.used_idx == track.first.used_idx or self.device_should_have_looked
+    def kick_unread(self) -> bool:
+        """A kick stays in the notifier, and somebody waits for what it tells.
+
+        A back-end that polls the ring asks for no kicks and may leave one unread for ever. A queue
+        that keeps its positions to itself gets a slow device's time.
+        """
+        if not self.count_stays:
+            return False
+        if not self.positions_known:
+            return self.track.now.used_flags != PACKED_DISABLE and (
+                self.device_should_have_finished or self.backend_stopped
+            )
+        if self.fixed.role is QueueRole.INBOX:
+            return self.backend_stopped
+        if not self.work_waits or self.fetched or not self.kick_was_owed:
+            return False
+        return self.device_should_have_looked and not self.may_yet_look
 
     @property
     def backend_left(self) -> bool:
@@ -185,6 +212,33 @@ class View:
     def backend_stopped(self) -> bool:
         """All threads that may serve the queue are stopped or gone."""
         return self.slow is not None and _all_stopped(self.slow.backend_threads)
+
+    @property
+    def may_yet_look(self) -> bool:
+        """A thread that may serve the queue is busy, and has not been for too long."""
+        return self.backend_busy and not self.device_should_have_finished
+
+    @property
+    def may_be_at_work(self) -> bool:
+        """The device may be in the middle of the work, with its kicks off, for all that can be
+        seen: it keeps its position to itself, is slow, and was not found in its event loop.
+
+        A vhost worker in the kernel does not wait for anything else (drivers/vhost/vhost.c,
+        vhost_run_work_list): if it sleeps, it has nothing to do.
+        """
+        return (
+            self.track.now.last_avail_idx is None
+            and self.fixed.backend is not BackendKind.VHOST_KERNEL
+            and not self.backend_at_rest
+            and not self.device_should_have_finished
+        )
+
+    @property
+    def backend_at_rest(self) -> bool:
+        """All threads that may serve the queue sleep where an event loop waits for events."""
+        threads = self.slow.backend_threads if self.slow is not None else ()
+        waits = {thread.waits_in for thread in threads}
+        return bool(waits & _EVENT_WAITS) and waits <= _EVENT_WAITS | _POOL_WAITS
 
     # --- calls ---
 
@@ -230,29 +284,47 @@ class View:
 
     @property
     def call_was_owed(self) -> bool:
-        """The device had to call for what it completed (virtio 1.4, 2.7.7.2 and 2.8.10).
+        """The device had to call for what it completed (virtio 1.4, 2.7.7.2 and 2.8.10), and the
+        driver is one that reaps when it is called."""
+        return self.fixed.calls_when_idle and self.unreaped > 0
 
-        A driver that reaps lazily (net TX) leaves a few completions for later; a full ring it
-        cannot leave.
+    @property
+    def much_unreaped(self) -> bool:
+        """A driver that reaps when it gets around to it has left much behind.
+
+        Its `used_event` says little: Linux leaves it where it was once it has been called
+        (drivers/virtio/virtio_ring.c, virtqueue_disable_cb_split, `event_triggered`). A driver that
+        waits for room in a full ring asks for its call after 3/4 of what is outstanding
+        (virtqueue_enable_cb_delayed), and so leaves an eighth or more.
         """
-        least = 1
-        if not self.fixed.calls_when_idle and self.fixed.role is QueueRole.REQUEST:
-            least = max(1, self.fixed.size // 8)
-        return self.unreaped >= least
+        lazy = self.fixed.role is QueueRole.REQUEST and not self.fixed.calls_when_idle
+        return lazy and self.unreaped >= max(1, self.fixed.size // 8)
 
     @property
     def call_asked_too_late(self) -> bool:
         """The driver wants its call at an index that nothing published can reach."""
         now = self.track.now
-        if not self.reaping_visible or self.calls_off or not self.positions_known:
+        if not self.fixed.calls_when_idle or not self.reaping_visible or self.calls_off:
             return False
-        if now.used_event is None or now.used_idx is None or now.avail_idx is None:
+        if now.used_event is None or now.used_idx is None or not self.positions_known:
             return False
-        ahead = span(self.fixed, now.used_idx, now.used_event)
-        if self.fixed.layout is Layout.SPLIT:
-            far_behind = self.fixed.calls_when_idle and ahead >= _SPLIT_HALF
-            return (self.waiting < ahead < _SPLIT_HALF or far_behind) and not self.unreaped
-        return ahead > self.waiting and not self.unreaped
+        return span(self.fixed, now.used_idx, now.used_event) > self.waiting and not self.unreaped
+
+    @property
+    def calls_left_off(self) -> bool:
+        """A driver that reaps when it is called, has an interrupt and asked for work, has its calls
+        off.
+
+        Without a vector it polls: firmware, blk poll queues, DPDK. An inbox may be polled as long
+        as somebody listens (net RX: NAPI, SO_PREFER_BUSY_POLL).
+        """
+        return (
+            self.calls_off
+            and self.fixed.calls_when_idle
+            and self.fixed.role is QueueRole.REQUEST
+            and self.slow is not None
+            and self.slow.vector is not None
+        )
 
     @property
     def call_untaken(self) -> bool:
