@@ -28,7 +28,7 @@ def legacy_notify_port(monitor: Monitor, device: Device) -> int | None:
         buses = monitor.execute("query-pci")
     except QmpCommandError:
         return None
-    for entry in _functions(buses):
+    for entry in functions(buses):
         if entry.get("qdev_id") != device.id:
             continue
         identity = entry["id"]
@@ -40,12 +40,13 @@ def legacy_notify_port(monitor: Monitor, device: Device) -> int | None:
     return None
 
 
-def _functions(buses: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def functions(buses: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield every function in the answer of `query-pci`, behind bridges, too."""
     for bus in buses:
         for entry in bus.get("devices", ()):
             yield entry
             if "pci_bridge" in entry:
-                yield from _functions([entry["pci_bridge"]])
+                yield from functions([entry["pci_bridge"]])
 
 
 def write_port(monitor: Monitor, port: int, value: int) -> None:
