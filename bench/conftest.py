@@ -9,18 +9,18 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import pytest
+from bench.comparison import Comparison, measure, seconds
 
 import kickcall
-from comparison import Comparison, measure, seconds
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import MachineSpec, VirtioBlk, VirtioScsi
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from bench.comparison import Action, Compare
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from comparison import Action, Compare
     from kickcall.attached import AttachedMachine
     from kickcall.lab.machine import LabMachine
 

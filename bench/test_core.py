@@ -9,12 +9,13 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from bench.clients import Client
 
 import kickcall
-from clients import Client
 
 if TYPE_CHECKING:
-    from comparison import Compare
+    from bench.comparison import Compare
+
     from kickcall.attached import AttachedMachine
     from kickcall.lab.machine import LabMachine
 

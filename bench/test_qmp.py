@@ -8,14 +8,14 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-
-from clients import Client
+from bench.clients import Client
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from comparison import Compare
+    from bench.comparison import Compare
+
     from kickcall.lab.machine import LabMachine
 
 
