@@ -244,6 +244,25 @@ def test_an_area_with_no_data_has_no_runs(area: Area) -> None:
     assert list(memory.present_runs(ME, [mapping_of(area)])) == []
 
 
+def test_a_huge_mapping_is_looked_at_in_pieces_and_its_runs_stay_whole() -> None:
+    pages = 3 << 17  # three pieces of 1 MiB of pagemap each
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    start = _libc.mmap(None, pages * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(pages * PAGE), 15)
+    area = Area(start, pages)
+    try:
+        for number in (0, (1 << 17) - 1, 1 << 17, (2 << 17) - 1, pages - 1):
+            area.fill(number, b"x")
+        assert list(memory.present_runs(ME, [mapping_of(area)])) == [
+            (area.page(0), area.page(1)),
+            (area.page((1 << 17) - 1), area.page((1 << 17) + 1)),
+            (area.page((2 << 17) - 1), area.page(2 << 17)),
+            (area.page(pages - 1), area.end),
+        ]
+    finally:
+        _libc.munmap(start, pages * PAGE)
+
+
 def test_slabs_overlap_so_that_nothing_is_cut(area: Area) -> None:
     for number in range(4):
         area.fill(number, bytes([65 + number]))

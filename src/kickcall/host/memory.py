@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 IOV_MAX = 1024  # limits.h; process_vm_readv(2) takes no more on either side
+_PAGEMAP_PIECE = 1 << 17
+"""Pages that are asked about at once: 1 MiB of /proc/PID/pagemap."""
 _libc = ctypes.CDLL(None, use_errno=True)
 readv = _libc.process_vm_readv
 readv.restype = ctypes.c_ssize_t
@@ -110,18 +112,22 @@ def present_runs(pid: int, where: Sequence[Mapping]) -> Iterator[tuple[int, int]
         raise refused(pid, exc) from exc
     try:
         for mapping in where:
-            count = (mapping.end - mapping.start) // page
-            raw = os.pread(pagemap, count * 8, mapping.start // page * 8)
             begin = None
             address = mapping.start
-            for entry in array.array("Q", raw[: len(raw) // 8 * 8]):
-                if entry >> 62:
-                    if begin is None:
-                        begin = address
-                elif begin is not None:
-                    yield begin, address
-                    begin = None
-                address += page
+            # A mapping may be terabytes of nothing (a sanitizer's shadow): never ask for it whole.
+            for piece in range(mapping.start // page, mapping.end // page, _PAGEMAP_PIECE):
+                count = min(_PAGEMAP_PIECE, mapping.end // page - piece)
+                raw = os.pread(pagemap, count * 8, piece * 8)
+                for entry in array.array("Q", raw[: len(raw) // 8 * 8]):
+                    if entry >> 62:
+                        if begin is None:
+                            begin = address
+                    elif begin is not None:
+                        yield begin, address
+                        begin = None
+                    address += page
+                if len(raw) < count * 8:
+                    break  # the process ended
             if begin is not None:
                 yield begin, address
     finally:
