@@ -14,7 +14,10 @@ from kickcall.vmm.served import machine_served_at, served_monitor
 from kickcall.vmm.session import VmmSession
 
 if TYPE_CHECKING:
-    from kickcall.model import Device, Injection, Machine, QueueMap, QueueState
+    from collections.abc import Callable
+
+    from kickcall.diagnose.states import Thresholds
+    from kickcall.model import Device, Injection, Machine, QueueMap, QueueState, Verdict
     from kickcall.vmm.monitor import BorrowMonitor
     from kickcall.vmm.session import MappedDevice
 
@@ -100,6 +103,35 @@ class AttachedMachine:
         """
         attached = self.device(dev)
         return attached.queue(queue).raise_event(event, via=via, dry_run=dry_run, watch_s=watch_s)
+
+    def diagnose(
+        self,
+        device: str | None = None,
+        queue: int | None = None,
+        *,
+        duration_s: float = 2.0,
+        probe: bool = False,
+        limits: Thresholds | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> tuple[Verdict, ...]:
+        """Watch the machine's queues (or one device's, or one queue) and say what is wrong.
+
+        Watches for `duration_s` seconds, and on only while a queue waits that has not reached its
+        threshold. Reads only; with `probe` the event that a verdict names is injected, after
+        `tell` was told so. Raises KickcallError where the machine could not be looked at.
+        """
+        from kickcall.diagnosis import diagnose
+
+        mapped = None if device is None else self.device(device)._mapped
+        return diagnose(
+            self._session,
+            mapped,
+            queue,
+            duration_s=duration_s,
+            probe=probe,
+            limits=limits,
+            tell=tell,
+        )
 
     def refresh(self) -> None:
         """Map the machine anew: after StaleMapError, or to see devices that were plugged in."""

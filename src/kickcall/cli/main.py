@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import kickcall
-from kickcall.cli import demo, events, lab, machines, qmp
+from kickcall.cli import demo, diagnose, events, lab, machines, qmp
 from kickcall.errors import KickcallError
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ def _options(
 app.command()(machines.vms)
 app.command()(machines.show)
 app.command()(machines.eventfd)
+app.command()(diagnose.diagnose)
 app.command()(events.kick)
 app.command()(events.call)
 app.command()(qmp.qmp)

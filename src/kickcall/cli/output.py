@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from kickcall.model import Layout
+
+
+def working(text: str) -> AbstractContextManager[object]:
+    """Show on a terminal's stderr that something takes its time; nothing where nobody looks."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.status(text) if console.is_terminal else nullcontext()
 
 
 def print_json(value: Any) -> None:

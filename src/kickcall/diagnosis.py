@@ -1,0 +1,214 @@
+"""Watching a machine for as long as a verdict takes, and probing: the shell around the judge."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kickcall.devices.base import device_class
+from kickcall.diagnose.judge import judge, looks_stalled, wants_slow_facts
+from kickcall.diagnose.states import Thresholds
+from kickcall.diagnose.track import advance, start
+from kickcall.errors import KickcallError
+from kickcall.model import Confidence, DeviceEvent, Evidence, Verdict, VerdictKind
+from kickcall.vmm.sampler import FINE_S, Sampler, next_interval
+from kickcall.vmm.slow_facts import slow_facts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kickcall.diagnose.states import QueueFixed, SlowFacts
+    from kickcall.diagnose.track import Track
+    from kickcall.vmm.session import MappedDevice, VmmSession
+
+_MARGIN_S = 0.2
+"""Watched on after a threshold, so that a queue that reaches it is seen to."""
+_PROBE_S = 1.0
+"""How long a probe watches for progress."""
+
+
+@dataclass
+class _Watched:
+    """One queue while it is watched."""
+
+    mapped: MappedDevice
+    fixed: QueueFixed
+    track: Track
+    slow: SlowFacts | None = None
+
+
+def diagnose(
+    session: VmmSession,
+    device: MappedDevice | None = None,
+    queue: int | None = None,
+    *,
+    duration_s: float = 2.0,
+    probe: bool = False,
+    limits: Thresholds | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[Verdict, ...]:
+    """Watch the queues of a machine (or of one device, or one queue) and return their verdicts.
+
+    Watches for `duration_s` seconds, and longer only while a queue waits that has not reached its
+    threshold. With `probe` the event that a verdict names is injected; `tell` is told beforehand
+    what will be written. Raises KickcallError where the machine could not be looked at.
+    """
+    limits = limits or Thresholds()
+    chosen = [device] if device is not None else list(session.devices)
+    started = time.monotonic()
+    with Sampler(session, [(one, queue) for one in chosen]) as sampler:
+        watched = _watch(sampler, started + duration_s, limits)
+    _look_closely(session, watched, limits)
+    # Evidence carries the time of day, samples a clock that never jumps.
+    offset = time.time() - time.monotonic()
+    verdicts = []
+    for one in watched:
+        verdict = _judge(session, one, limits)
+        if probe and verdict.event is not None:
+            verdict = _probe(session, one, verdict, tell)
+        verdicts.append(_on_the_wall(verdict, offset))
+    seen = {id(one.mapped) for one in watched}
+    unseen = [_not_watched(session, one) for one in chosen if id(one) not in seen]
+    return (*verdicts, *(_on_the_wall(one, offset) for one in unseen))
+
+
+def _watch(sampler: Sampler, until: float, limits: Thresholds) -> list[_Watched]:
+    """Sample until `until`, and on while a queue waits that could still reach its threshold."""
+    tracks = [start(sample) for sample in sampler.sample()]
+    latest = until + limits.device_s + _MARGIN_S
+    interval = FINE_S
+    while True:
+        verdicts = [
+            judge(fixed, track, None, limits)
+            for fixed, track in zip(sampler.queues, tracks, strict=True)
+        ]
+        watch_closely = [
+            looks_stalled(fixed, track, limits)
+            for fixed, track in zip(sampler.queues, tracks, strict=True)
+        ]
+        undecided = any(
+            close and not verdict.verdict.stalled
+            for close, verdict in zip(watch_closely, verdicts, strict=True)
+        )
+        now = time.monotonic()
+        if now >= latest or (now >= until and not undecided):
+            break
+        interval = next_interval(any(watch_closely), interval)
+        time.sleep(min(interval, max(until - now, FINE_S)))
+        tracks = [
+            advance(track, sample, fixed)
+            for track, sample, fixed in zip(tracks, sampler.sample(), sampler.queues, strict=True)
+        ]
+    return [
+        _Watched(mapped, fixed, track)
+        for mapped, fixed, track in zip(sampler.devices, sampler.queues, tracks, strict=True)
+    ]
+
+
+def _look_closely(session: VmmSession, watched: list[_Watched], limits: Thresholds) -> None:
+    """Read the slow facts of every queue whose verdict they may change."""
+    suspects = [
+        one
+        for one in watched
+        if not session.running
+        or wants_slow_facts(judge(one.fixed, one.track, None, limits))
+        or looks_stalled(one.fixed, one.track, limits)
+    ]
+    if not suspects:
+        return
+    with session.borrow() as monitor:
+        for one in suspects:
+            one.slow = slow_facts(session, one.mapped, one.fixed.queue, monitor)
+
+
+def _judge(session: VmmSession, one: _Watched, limits: Thresholds) -> Verdict:
+    return judge(one.fixed, one.track, one.slow, limits, machine=session.machine.name)
+
+
+def _on_the_wall(verdict: Verdict, offset: float) -> Verdict:
+    """Return the verdict with its evidence's times as seconds since the epoch."""
+    return replace(
+        verdict,
+        evidence=tuple(replace(one, at=round(one.at + offset, 6)) for one in verdict.evidence),
+    )
+
+
+def _not_watched(session: VmmSession, device: MappedDevice) -> Verdict:
+    """Return what can be said of a device that has no queue to watch."""
+    running = session.running
+    kind = VerdictKind.VM_NOT_RUNNING
+    if running:
+        ready = device.device.driver_ok
+        kind = VerdictKind.UNKNOWN if ready else VerdictKind.DEVICE_NOT_READY
+    why = device.refusal or "the driver has set none of its queues up"
+    return Verdict(
+        device=device.device.path,
+        queue=0,
+        verdict=kind,
+        hop=0,
+        since_s=0.0,
+        evidence=(Evidence("because", why, time.monotonic()),),
+        remedy="Nothing.",
+    )
+
+
+def _probe(
+    session: VmmSession,
+    one: _Watched,
+    verdict: Verdict,
+    tell: Callable[[str], None] | None,
+) -> Verdict:
+    """Inject the event that the verdict names, watch, and say whether it helped."""
+    assert verdict.event is not None
+    name = one.mapped.device.id
+    if tell is not None:
+        tell(
+            f"probe: {verdict.event} queue {verdict.queue} of {name} "
+            f"(writes 1 to its {verdict.event} notifier)"
+        )
+    with Sampler(session, [(one.mapped, one.fixed.queue)]) as sampler:
+        (before,) = sampler.sample()
+        injected = time.monotonic()
+        try:
+            device_class(session, one.mapped).device_event(verdict.event, verdict.queue)
+        except KickcallError as exc:
+            return _with_evidence(verdict, "probe not possible", str(exc))
+        track = start(before)
+        while track.moved_at == before.at and time.monotonic() < injected + _PROBE_S:
+            time.sleep(FINE_S)
+            (sample,) = sampler.sample()
+            track = advance(track, sample, one.fixed)
+    if track.moved_at > before.at:
+        took = f"{(track.moved_at - injected) * 1000:.0f} ms"
+        return _confirmed(_with_evidence(verdict, "progress after the injection", took))
+    if verdict.event is DeviceEvent.CALL and not one.fixed.event_idx:
+        # The driver may have reaped and have nothing more to ask for: that cannot be seen.
+        return _with_evidence(verdict, "progress after the injection", "none that could be seen")
+    refuted = _with_evidence(verdict, "progress after the injection", f"none in {_PROBE_S:.0f} s")
+    return replace(
+        refuted,
+        confidence=Confidence.REFUTED,
+        remedy=f"Another {verdict.event} does not help: look at who should have taken it.",
+    )
+
+
+def _with_evidence(verdict: Verdict, what: str, value: str) -> Verdict:
+    return replace(verdict, evidence=(*verdict.evidence, Evidence(what, value, time.monotonic())))
+
+
+def _confirmed(verdict: Verdict) -> Verdict:
+    """Return the verdict as certain; one that was not known is by now."""
+    if verdict.verdict is VerdictKind.UNKNOWN:
+        lost_kick = verdict.event is DeviceEvent.KICK
+        verdict = replace(
+            verdict,
+            verdict=VerdictKind.LOST_KICK if lost_kick else VerdictKind.LOST_CALL,
+            hop=3 if lost_kick else 8,
+        )
+    return replace(
+        verdict,
+        confidence=Confidence.CONFIRMED,
+        remedy="The probe repaired it. What lost the notification is still there: see "
+        f"docs/verdicts/{verdict.verdict}.md for what to collect.",
+    )
