@@ -8,11 +8,14 @@ import os
 import re
 import socket
 import struct
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kickcall.errors import (
     KickcallError,
     MachineNotFoundError,
+    MonitorBusyError,
     MonitorGoneError,
     NotAVmmError,
     PrivilegeError,
@@ -21,9 +24,14 @@ from kickcall.host.processes import pids, start_time
 from kickcall.model import Machine, MonitorAddress
 from kickcall.vmm import cmdline
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _BINARY = re.compile(r"(qemu-system-[\w-]+|qemu-kvm|qemu|kvm)(\s\(deleted\))?$")
 _VERSION = b"QEMU emulator version "  # softmmu/vl.c, version(): one literal with the number in it
 _VERSION_MAX = 200
+_UNIX_PATH_MAX = 107
+"""sockaddr_un.sun_path, less the closing NUL (unix(7))."""
 
 
 def find() -> list[Machine]:
@@ -145,19 +153,47 @@ def _path_of_socket(pid: int, fd: int) -> str | None:
     return None
 
 
+@contextmanager
+def socket_address(path: str) -> Iterator[str]:
+    """Give the address with which connect(2) reaches the unix socket at `path`, for the block.
+
+    `@NAME` is an abstract socket. A path that is longer than an address may be (through
+    /proc/PID/root it easily is) is reached by way of its folder. Raises the errors of
+    `socket_error`.
+    """
+    if path.startswith("@"):
+        yield "\0" + path[1:]
+        return
+    if len(os.fsencode(path)) <= _UNIX_PATH_MAX:
+        yield path
+        return
+    try:
+        folder = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_CLOEXEC)
+    except OSError as exc:
+        raise socket_error(path, exc) from exc
+    try:
+        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+    finally:
+        os.close(folder)
+
+
 def peer_pid(path: str, timeout: float = 1.0) -> int:
     """Return the pid of the process that listens on the unix socket at `path` (SO_PEERCRED).
 
     The kernel records who called listen(2), so a connection alone tells, with nothing said.
     Raises MonitorGoneError where nobody listens.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with (
+        socket_address(path) as address,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
+    ):
         probe.settimeout(timeout)
         try:
-            probe.connect(path)
+            probe.connect(address)
         except (BlockingIOError, TimeoutError):
-            raise KickcallError(
-                f"{path}: the queue of waiting clients is full; somebody holds this monitor"
+            raise MonitorBusyError(
+                f"{path}: another client holds this monitor, and more are waiting for it "
+                "(or QEMU's main loop is stuck)"
             ) from None
         except OSError as exc:
             raise socket_error(path, exc) from exc

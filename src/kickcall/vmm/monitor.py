@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError
 
 from kickcall.errors import (
     MonitorBusyError,
@@ -20,7 +20,7 @@ from kickcall.errors import (
     MonitorTimeoutError,
     QmpCommandError,
 )
-from kickcall.vmm.find import socket_error
+from kickcall.vmm.find import socket_address, socket_error
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Sequence
@@ -31,7 +31,9 @@ CONNECT_TIMEOUT = 1.8
 """Seconds until a monitor that does not greet counts as busy."""
 COMMAND_TIMEOUT = 10.0
 """Seconds until an unanswered command means that QEMU's main loop is stuck."""
-_UNIX_PATH_MAX = 107  # sockaddr_un.sun_path, unix(7), less the closing NUL
+_QUEUE_FULL = frozenset({errno.EAGAIN, errno.EINVAL, errno.ENOTCONN})
+"""What a unix socket says whose queue of clients is full: EAGAIN to connect(2) (unix(7)), which
+asyncio takes for a connection on its way, and then finds a socket that is not connected."""
 
 # qemu-qmp logs every failure that it also raises; nobody wants to read it twice.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -56,6 +58,23 @@ BorrowMonitor = Callable[[], AbstractContextManager[Monitor]]
 """Opens a monitor for as long as the block lasts."""
 
 
+class _Client(QMPClient):
+    """qemu-qmp's client, for monitors too that were asked to be `pretty`.
+
+    The library takes a line for a message, and such a monitor spreads one over many: from `{` to
+    the first line that begins with `}` (QEMU: qobject/json-writer.c indents all between).
+    """
+
+    async def _do_recv(self) -> Message:
+        raw = await self._readline()
+        if raw.strip() == b"{":
+            lines = [raw]
+            while not lines[-1].startswith(b"}"):
+                lines.append(await self._readline())
+            raw = b"".join(lines)
+        return Message(raw, eager=True)
+
+
 class QmpMonitor:
     """A monitor on a QMP socket, by qemu-qmp, for callers without an event loop.
 
@@ -65,7 +84,7 @@ class QmpMonitor:
 
     def __init__(self, path: str, timeout: float = CONNECT_TIMEOUT) -> None:
         self.path = path
-        self._client = QMPClient("kickcall")
+        self._client = _Client("kickcall")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="kickcall-qmp", daemon=True
@@ -84,22 +103,14 @@ class QmpMonitor:
         return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
 
     def _connect(self, timeout: float) -> None:
-        path, folder = self.path, -1
-        address: str | tuple[str, int] = path
-        if path.startswith("tcp:"):
-            host, _, port = path.removeprefix("tcp:").rpartition(":")
-            address = (host, int(port))
-        elif path.startswith("@"):
-            address = "\0" + path[1:]
-        elif len(os.fsencode(path)) > _UNIX_PATH_MAX:
-            # A path through /proc/PID/root is easily longer than a socket address may be.
-            try:
-                folder = os.open(os.path.dirname(path), os.O_PATH | os.O_CLOEXEC)
-            except OSError as exc:
-                raise socket_error(path, exc) from exc
-            address = f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+        path = self.path
         try:
-            self._run(self._client.connect(address), timeout)
+            if path.startswith("tcp:"):
+                host, _, port = path.removeprefix("tcp:").rpartition(":")
+                self._run(self._client.connect((host, int(port))), timeout)
+            else:
+                with socket_address(path) as address:
+                    self._run(self._client.connect(address), timeout)
         except TimeoutError as exc:
             raise MonitorBusyError(
                 f"{path}: no greeting within {timeout:.1f} s: another client holds this monitor "
@@ -107,18 +118,17 @@ class QmpMonitor:
             ) from exc
         except QMPError as exc:
             cause = exc.__cause__ or exc.__context__ or exc
-            if isinstance(cause, BlockingIOError):
+            if isinstance(cause, OSError) and cause.errno in _QUEUE_FULL:
                 raise MonitorBusyError(
-                    f"{path}: another client holds this monitor, and more are waiting for it"
+                    f"{path}: another client holds this monitor, and more are waiting for it "
+                    "(or QEMU's main loop is stuck)"
                 ) from exc
             if isinstance(cause, OSError) and not isinstance(cause, ConnectionResetError):
                 raise socket_error(path, cause) from exc
             if isinstance(cause, (EOFError, ConnectionResetError)):
                 raise MonitorGoneError(f"{path}: the other side hung up at once") from exc
-            raise MonitorError(f"{path}: what answers there speaks no QMP: {exc}") from exc
-        finally:
-            if folder >= 0:
-                os.close(folder)
+            said = str(exc).partition("\n")[0].strip()
+            raise MonitorError(f"{path}: what answers there speaks no QMP: {said}") from exc
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Return what QEMU returns for `command`."""
