@@ -192,6 +192,16 @@ def test_a_descriptor_that_is_no_eventfd_is_refused(qemu: MadeUpQemu) -> None:
         assert "no open eventfd" in qemu.refusal(LAYOUT)
 
 
+def test_a_kernel_that_gives_eventfds_no_ids_is_refused(
+    qemu: MadeUpQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before Linux 5.2: nothing would tell whether a descriptor is still the eventfd it was.
+    real = eventfds.eventfds_of(ME)
+    without = {fd: replace(state, eventfd_id=-1) for fd, state in real.items()}
+    monkeypatch.setattr(eventfds, "eventfds_of", lambda pid: without)
+    assert "this kernel" in qemu.refusal()
+
+
 def test_one_eventfd_for_two_notifiers_is_refused(qemu: MadeUpQemu) -> None:
     qemu.notifiers(1, *qemu.fds[0])
     assert "are the same descriptor" in qemu.refusal()

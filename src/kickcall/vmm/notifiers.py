@@ -278,6 +278,8 @@ def _disagreement(
                 continue
             if slot.rfd != slot.wfd or slot.rfd not in states:
                 return f"the {event} notifier of queue {number} is no open eventfd of QEMU"
+            if states[slot.rfd].eventfd_id < 0:
+                return "this kernel does not tell eventfds apart: Linux 5.6 or newer is needed"
             me = f"the {event} notifier of queue {number}"
             if slot.rfd in seen:
                 return f"{me} and {seen[slot.rfd]} are the same descriptor, {slot.rfd}"
