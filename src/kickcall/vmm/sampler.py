@@ -115,6 +115,10 @@ class _Queue:
     call_count: int | None = None
     waiting: bool = True
 
+    def state(self) -> tuple[object, ...]:
+        """Return what makes two looks at the queue differ."""
+        return self.values, self.problem, self.renewed, self.kick_count, self.call_count
+
     def sample(self, at: float) -> Sample:
         """Return what is known as a Sample."""
         reason = self.cannot or self.problem
@@ -151,6 +155,10 @@ class Sampler:
         self._runs: tuple[SharedRun, ...] = ()
         self._mapped: MappedRows | None = None
         self._first = True
+        self._waiting: set[int] = set()
+        """Queues that are not at rest."""
+        self._lingering: set[int] = set()
+        """Queues that moved at the last look."""
         self._counts = Counts(session.process.pid)
         try:
             self._prepare()
@@ -175,23 +183,24 @@ class Sampler:
             self.close()
             raise
         first, self._first = self._first, False
-        everything = range(len(self._queues))
-        look_at = everything if first else sorted(moved | self._waiting)
-        odd = []
-        for number in look_at:
-            queue = self._queues[number]
-            if queue.cannot or queue.problem or not (first or number in moved):
-                continue
-            if not self._decode(queue):
-                odd.append(queue)
-        if odd:
-            self._read_in_order(odd)
-        moved |= self._read_packed(set(look_at))
-        for number in moved.union(look_at):
-            self._settle(self._queues[number])
-        return Look(
-            self._at, tuple(everything if first else sorted(moved)), tuple(sorted(self._waiting))
-        )
+        # What moved is looked at once more after it came to rest: the device arms its kick last.
+        active = set(range(len(self._queues))) if first else moved | self._waiting | self._lingering
+        looked_at = [self._queues[number] for number in sorted(active)]
+        before = [queue.state() for queue in looked_at]
+        self._take_rings(looked_at)
+        crept = self._take_packed(active)
+        for number in crept - active:
+            looked_at.append(self._queues[number])
+            before.append(())
+        for queue in looked_at:
+            self._settle(queue)
+        moved = {
+            queue.number
+            for queue, was in zip(looked_at, before, strict=True)
+            if first or queue.state() != was
+        }
+        self._lingering = moved
+        return Look(self._at, tuple(sorted(moved)), tuple(sorted(self._waiting)))
 
     def latest(self, number: int) -> Sample:
         """Return queue `number` as the last look found it."""
@@ -255,7 +264,8 @@ class Sampler:
         self.devices = tuple(queue.mapped for queue in self._queues)
         self._first = True
         self._at = time.monotonic()
-        self._waiting: set[int] = set()
+        self._waiting = set()
+        self._lingering = set()
         self._records = ReadRows(pid, [[_record(queue)] for queue in self._queues])
         owners: dict[int, tuple[bytes, list[_Queue]]] = {}
         for queue in self._queues:
@@ -321,7 +331,9 @@ class Sampler:
         self._rings = ReadRows(
             pid,
             [
-                queue.where if queue.map.layout is Layout.SPLIT else queue.where[1:]
+                # The last of a split ring stands behind all of the used ring, where reading costs
+                # most. It is wanted only of queues that are not at rest.
+                queue.where[:3] if queue.map.layout is Layout.SPLIT else queue.where[1:]
                 for queue in self._read_queues
             ],
         )
@@ -394,27 +406,40 @@ class Sampler:
                 queue.problem = queue.problem or _MOVED
                 moved.add(queue.number)
 
-    def _decode(self, queue: _Queue) -> bool:
-        """Take over what was read of a queue; tell whether its values fit each other."""
-        rows, k = self._ring_of[queue.number]
-        raw = rows.row(k)
-        if raw is None:
-            queue.problem = _UNMAPPED
-            return True
-        if queue.map.layout is Layout.PACKED:
-            driver, of_device = packed.parse_event(raw), packed.parse_event(raw[4:])
-            queue.values = queue.values._replace(
-                avail_flags=driver.mode,
-                used_flags=of_device.mode,
-                used_event=driver.desc,
-                avail_event=of_device.desc,
-            )
-            return True
-        position = self._position(queue)
-        queue.values = _split_values(
-            split.parse([raw[:4], raw[4:8], *((raw[8:10], raw[10:]) if raw[8:] else ())]), position
-        )
-        return _fits(queue.values, queue.fixed.size)
+    def _take_rings(self, queues: list[_Queue]) -> None:
+        """Take over what was read of split rings and of event areas."""
+        odd = []
+        readable = [queue for queue in queues if not (queue.cannot or queue.problem)]
+        late = [
+            queue
+            for queue in readable
+            if queue.fixed.layout is Layout.SPLIT
+            and queue.fixed.event_idx
+            and self._ring_of[queue.number][0] is self._rings
+        ]
+        found = memory.read_many(self._session.process.pid, [queue.where[3] for queue in late])
+        avail_events = dict(zip((queue.number for queue in late), found, strict=True))
+        for queue in readable:
+            rows, k = self._ring_of[queue.number]
+            raw = rows.row(k)
+            if raw is None:
+                queue.problem = _UNMAPPED
+                continue
+            if queue.fixed.layout is Layout.PACKED:
+                _take_event_areas(queue, raw)
+                continue
+            parts = [raw[:4], raw[4:8]]
+            if queue.fixed.event_idx:
+                avail_event = avail_events.get(queue.number) or raw[10:]
+                if not avail_event:
+                    queue.problem = _UNMAPPED
+                    continue
+                parts += [raw[8:10], avail_event]
+            queue.values = _split_values(split.parse(parts), self._position(queue))
+            if not _fits(queue.values, queue.fixed.size):
+                odd.append(queue)
+        if odd:
+            self._read_in_order(odd)
 
     def _position(self, queue: _Queue) -> layouts.StoredPositions | None:
         if queue.position_at is None:
@@ -451,8 +476,8 @@ class Sampler:
             else:
                 queue.values = _split_values(split.parse(parts), layouts.parse_positions(position))
 
-    def _read_packed(self, look_at: set[int]) -> set[int]:
-        """Read how far packed queues are; return those that moved.
+    def _take_packed(self, look_at: set[int]) -> set[int]:
+        """Read how far packed queues are, and take it over; return those that moved.
 
         Where the device goes on, one descriptor tells whether anything is available; only then the
         whole ring is read.
@@ -483,7 +508,7 @@ class Sampler:
                 )
             elif packed.available(int.from_bytes(flags, "little"), position.last_avail_wrap):
                 rings.append(queue)
-            elif _take_packed(queue, b"", position):
+            elif _take_positions(queue, b"", position):
                 moved.add(queue.number)
         self._heads_before = heads
         return moved | self._read_packed_rings(rings)
@@ -508,7 +533,7 @@ class Sampler:
             if position is None or ring is None:
                 queue.problem = _UNMAPPED
                 moved.add(queue.number)
-            elif _take_packed(queue, ring, position):
+            elif _take_positions(queue, ring, position):
                 moved.add(queue.number)
         return moved
 
@@ -581,7 +606,17 @@ def _fits(values: Values, size: int) -> bool:
     return last is None or (last - values.used_idx) & 0xFFFF <= whole
 
 
-def _take_packed(queue: _Queue, ring: bytes, position: layouts.StoredPositions) -> bool:
+def _take_event_areas(queue: _Queue, raw: bytes) -> None:
+    driver, of_device = packed.parse_event(raw), packed.parse_event(raw[4:])
+    queue.values = queue.values._replace(
+        avail_flags=driver.mode,
+        used_flags=of_device.mode,
+        used_event=driver.desc,
+        avail_event=of_device.desc,
+    )
+
+
+def _take_positions(queue: _Queue, ring: bytes, position: layouts.StoredPositions) -> bool:
     """Take over the positions of a packed queue; tell whether they changed."""
     published, fetched, used = packed_positions(ring, position, queue.fixed.size)
     before = queue.values
