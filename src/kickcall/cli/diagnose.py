@@ -12,6 +12,7 @@ from kickcall.cli.output import plain, print_json, print_table, working
 if TYPE_CHECKING:
     from kickcall.model import Verdict
 
+_THREADS_SHOWN = 6
 _MARK = {"taken": "✓", "broken": "✗", "not reached": "·"}
 
 
@@ -138,6 +139,10 @@ def _tell_path(verdict: Verdict) -> None:
             if state is HopState.BROKEN:
                 line = typer.style(f"{line}  ◀── broken here", bold=True)
             typer.echo(line)
-    for one in verdict.evidence[1:]:
+    values = [one for one in verdict.evidence[1:] if " thread " not in one.what]
+    threads = [one for one in verdict.evidence[1:] if " thread " in one.what]
+    for one in (*values, *threads[:_THREADS_SHOWN]):
         typer.echo(f"    {plain(one.what)}: {plain(one.value)}")
+    if len(threads) > _THREADS_SHOWN:
+        typer.echo(f"    … and {len(threads) - _THREADS_SHOWN} more threads (--json has all)")
     typer.echo(f"  next: {plain(verdict.remedy)}\n")

@@ -90,6 +90,7 @@ def _to_json(result: Injection) -> dict[str, object]:
         "event": result.event,
         "via": result.via,
         "eventfd_id": result.eventfd_id,
+        "layout": result.layout,
         "target": result.target,
         "dry_run": result.dry_run,
         "before": result.before,
@@ -124,12 +125,12 @@ def _counters(result: Injection, counters: Counters) -> str:
 def _meaning(result: Injection) -> str:
     """Return in words what the queue did after the event."""
     before, after = result.before, result.after
+    if after.avail_idx is None or after.used_idx is None:
+        return "the ring's indices could not be read"
     if after.used_idx != before.used_idx:
         return "the device completed work: used.idx moved"
     if after.avail_idx != before.avail_idx:
         return "the driver published work: avail.idx moved"
-    if after.avail_idx is None:
-        return "the ring's indices could not be read"
     if result.event is DeviceEvent.KICK and after.avail_idx != after.used_idx:
-        return "the device did not complete what is outstanding"
+        return "used.idx did not move, and work is outstanding"
     return "the queue did not move"

@@ -138,11 +138,11 @@ def _print_device(device: AttachedDevice, states: list[QueueState]) -> None:
             "#avail",
             "#fetched",
             "#used",
-            "#outstanding",
-            "kick wanted",
-            "call wanted",
-            "#kick count",
-            "#call count",
+            "#out-\nstanding",
+            "kick\nwanted",
+            "call\nwanted",
+            "#kick\ncount",
+            "#call\ncount",
         ),
         [
             (

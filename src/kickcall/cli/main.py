@@ -9,6 +9,7 @@ import typer
 
 import kickcall
 from kickcall.cli import demo, diagnose, events, lab, machines, qmp
+from kickcall.cli.output import plain
 from kickcall.errors import KickcallError
 
 app = typer.Typer(
@@ -57,7 +58,8 @@ def run() -> None:
     try:
         app()
     except KickcallError as exc:
-        typer.echo(f"kickcall: {exc}", err=True)
+        # It may quote what a machine is called, or a socket: whatever that is, it is one line.
+        typer.echo(f"kickcall: {plain(exc)}", err=True)
         sys.exit(exc.exit_code)
     except BrokenPipeError:  # `kickcall show vm0 | head`
         sys.stderr.close()

@@ -10,10 +10,10 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, ClassVar
 
 from kickcall.errors import EventNotSupportedError, KickcallError, UsageError
-from kickcall.model import DeviceEvent, Injection, Via
+from kickcall.model import Counters, DeviceEvent, Injection, Via
 
 if TYPE_CHECKING:
-    from kickcall.model import Counters, Device, QueueMap
+    from kickcall.model import Device, QueueMap
     from kickcall.vmm.session import MappedDevice, VmmSession
 
 ENTRY_POINTS = "kickcall.devices"
@@ -61,19 +61,21 @@ class DeviceClass(ABC):
         """Raise `event` on queue number `queue` and return what was done.
 
         `via` forces one way; `dry_run` checks everything and writes nothing; `watch_s` is how many
-        seconds to watch the queue before the counters "after" are read. Raises KickcallError and
-        its kin, and then nothing was written.
+        seconds to watch the queue before the counters "after" are read; they are unknown where the
+        machine ended meanwhile. Raises KickcallError and its kin, and then nothing was written
+        (but see `kickcall.devices.ways` for a monitor that fails to answer).
         """
         queue_map = self.mapped.queue_map(queue)
         self.session.check_running()
         chosen, way = self._choose(event, queue_map, via)
         # The cheap facts are checked last before the write; nothing slow may come in between.
         self.session.verify(self.mapped, queue_map, event)
-        before = way.counters()
+        before = after = way.counters()
         if not dry_run:
             way.write()
             if watch_s > 0:
                 time.sleep(watch_s)
+            after = _counters_after(way)
         return Injection(
             machine=self.session.machine.name,
             device=self.mapped.device.path,
@@ -82,7 +84,7 @@ class DeviceClass(ABC):
             via=chosen,
             eventfd_id=way.eventfd_id,
             before=before,
-            after=way.counters() if not dry_run else before,
+            after=after,
             layout=queue_map.layout,
             dry_run=dry_run,
             target=way.target,
@@ -123,6 +125,14 @@ class Way:
         self.write = write
         self.counters = counters
         self.eventfd_id = eventfd_id
+
+
+def _counters_after(way: Way) -> Counters:
+    """Return the counters once the event was written: what fails now is no failure to write it."""
+    try:
+        return way.counters()
+    except KickcallError:
+        return Counters(None, None, None)
 
 
 Offer = Callable[[], Way | str]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from kickcall.devices.base import Way
-from kickcall.errors import QmpCommandError
+from kickcall.errors import MonitorGoneError, MonitorTimeoutError, QmpCommandError
 from kickcall.host import eventfds
 from kickcall.model import Counters, DeviceEvent, Via
 from kickcall.vmm import observe, pci
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kickcall.devices.base import Offer
     from kickcall.model import Notifier, QueueMap
     from kickcall.vmm.session import MappedDevice, VmmSession
@@ -46,10 +49,9 @@ def via_qmp(
     def write() -> None:
         with session.borrow() as monitor:
             session.check_running(monitor)
-            monitor.execute(
-                COMMAND,
-                {"dev": mapped.device.path, "event": str(event), "queue": queue.index},
-            )
+            arguments = {"dev": mapped.device.path, "event": str(event), "queue": queue.index}
+            with _maybe_written():
+                monitor.execute(COMMAND, arguments)
 
     notifier = _notifier(queue, event)
     return Way(
@@ -100,7 +102,8 @@ def via_ioport(
             # The guest may have moved the BAR since: a port is only as good as its last look-up.
             if pci.legacy_notify_port(monitor, mapped.device) != port:
                 raise QmpCommandError(f"the I/O BAR of {mapped.device.id} moved: nothing written")
-            pci.write_port(monitor, port, queue.index)
+            with _maybe_written():
+                pci.write_port(monitor, port, queue.index)
 
     return Way(
         f"I/O port {port:#x}",
@@ -108,6 +111,15 @@ def via_ioport(
         partial(observe.counters, session, mapped, queue, queue.kick),
         None if queue.kick is None else queue.kick.eventfd_id,
     )
+
+
+@contextmanager
+def _maybe_written() -> Iterator[None]:
+    """Say so where a monitor took a command and gave no answer: it may have been carried out."""
+    try:
+        yield
+    except (MonitorTimeoutError, MonitorGoneError) as exc:
+        raise type(exc)(f"{exc}; the event may have been raised all the same") from exc
 
 
 def _notifier(queue: QueueMap, event: DeviceEvent) -> Notifier | None:
