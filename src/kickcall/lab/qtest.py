@@ -16,6 +16,8 @@ us touches PCI. One operation takes 54 µs when each waits for the last; batches
 from __future__ import annotations
 
 import socket
+import time
+from os import strerror
 from typing import TYPE_CHECKING
 
 from kickcall.errors import LabError
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 _HLT = b"\xf4"
 _FIRMWARE_SIZE = 64 << 10
 """The smallest -bios that QEMU takes; its last 16 bytes hold the reset vector."""
+_LISTENS_WITHIN = 2.0
+"""Seconds from a machine's first answer to its qtest socket, with room for a busy host."""
 _BATCH = 256
 """Commands on their way at once: few enough that neither side's socket buffer fills up."""
 _FIRST_FREE_RAM = 1 << 20
@@ -77,13 +81,13 @@ class Qtest:
         self._machine = machine
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout)
-        try:
-            self._socket.connect(str(machine.folder / "qtest"))
-        except OSError as error:
-            self._socket.close()
-            raise LabError(
-                f"lab machine {machine.name} has no qtest socket: {error.strerror}"
-            ) from error
+        # QEMU listens there only after it has answered on its monitors.
+        deadline = time.monotonic() + _LISTENS_WITHIN
+        while (code := self._socket.connect_ex(str(machine.folder / "qtest"))) != 0:
+            if time.monotonic() > deadline or not machine.alive:
+                self._socket.close()
+                raise LabError(f"lab machine {machine.name} has no qtest socket: {strerror(code)}")
+            time.sleep(0.005)
         self._replies = self._socket.makefile("r")
         self._next_ram = self._zeroed_to = _FIRST_FREE_RAM
 
