@@ -257,9 +257,9 @@ def test_the_installed_classes_share_all_devices_among_them(
 
 
 def test_the_class_with_the_highest_priority_is_asked_first(entry_points: list[Any]) -> None:
-    low = type("Low", (MadeUp,), {"priority": -1})
-    high = type("High", (MadeUp,), {"priority": 10})
-    deaf = type("Deaf", (MadeUp,), {"priority": 99, "claims": classmethod(lambda cls, dev: False)})
+    low = type("A", (MadeUp,), {"priority": -1})
+    high = type("B", (MadeUp,), {"priority": 10})
+    deaf = type("C", (MadeUp,), {"priority": 99, "claims": classmethod(lambda cls, dev: False)})
     entry_points += [entry("low", low), entry("deaf", deaf), entry("high", high)]
     assert registry() == (deaf, high, low)
     machine = PlayedMachine()
