@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from kickcall.devices.base import device_class
 from kickcall.diagnose.judge import judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.states import Thresholds
-from kickcall.diagnose.track import advance, start
+from kickcall.diagnose.track import advance, forgive, start
 from kickcall.errors import KickcallError
 from kickcall.model import Confidence, DeviceEvent, Evidence, Verdict, VerdictKind
 from kickcall.vmm.sampler import FINE_S, Sampler, next_interval
 from kickcall.vmm.slow_facts import slow_facts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from kickcall.diagnose.states import QueueFixed, SlowFacts
     from kickcall.diagnose.track import Track
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _MARGIN_S = 0.2
 """Watched on after a threshold, so that a queue that reaches it is seen to."""
+_PUNCTUAL_S = 0.1
+"""How much later than planned a look may come before it counts as late."""
 _PROBE_S = 1.0
 """How long a probe watches for progress."""
 
@@ -73,36 +75,54 @@ def diagnose(
     return (*verdicts, *(_on_the_wall(one, offset) for one in unseen))
 
 
+class Watch:
+    """The histories of all queues of a sampler, kept by looking again and again."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.tracks = [start(sample) for sample in sampler.sample()]
+        self._looked = time.monotonic()
+
+    def look_after(self, interval_s: float) -> None:
+        """Sleep for `interval_s` seconds and look.
+
+        Time by which this comes too late is forgiven to everybody: a host that does not run the
+        watcher may not have run the back-end either.
+        """
+        time.sleep(interval_s)
+        samples = self.sampler.sample()
+        now = time.monotonic()
+        late = now - self._looked - interval_s - _PUNCTUAL_S
+        self._looked = now
+        for number, (fixed, sample) in enumerate(zip(self.sampler.queues, samples, strict=True)):
+            track = advance(self.tracks[number], sample, fixed)
+            self.tracks[number] = forgive(track, late) if late > 0 else track
+
+    def judged(self, limits: Thresholds) -> Iterator[tuple[int, Verdict, bool]]:
+        """Yield each queue's number, its verdict by the rings alone, and whether it waits."""
+        for number, (fixed, track) in enumerate(zip(self.sampler.queues, self.tracks, strict=True)):
+            verdict = judge(fixed, track, None, limits)
+            yield number, verdict, looks_stalled(fixed, track, limits)
+
+
 def _watch(sampler: Sampler, until: float, limits: Thresholds) -> list[_Watched]:
     """Sample until `until`, and on while a queue waits that could still reach its threshold."""
-    tracks = [start(sample) for sample in sampler.sample()]
+    watch = Watch(sampler)
     latest = until + limits.device_s + _MARGIN_S
     interval = FINE_S
     while True:
-        verdicts = [
-            judge(fixed, track, None, limits)
-            for fixed, track in zip(sampler.queues, tracks, strict=True)
-        ]
-        watch_closely = [
-            looks_stalled(fixed, track, limits)
-            for fixed, track in zip(sampler.queues, tracks, strict=True)
-        ]
-        undecided = any(
-            close and not verdict.verdict.stalled
-            for close, verdict in zip(watch_closely, verdicts, strict=True)
-        )
+        waits = undecided = False
+        for _, verdict, looks_bad in watch.judged(limits):
+            waits = waits or looks_bad
+            undecided = undecided or (looks_bad and not verdict.verdict.stalled)
         now = time.monotonic()
         if now >= latest or (now >= until and not undecided):
             break
-        interval = next_interval(any(watch_closely), interval)
-        time.sleep(min(interval, max(until - now, FINE_S)))
-        tracks = [
-            advance(track, sample, fixed)
-            for track, sample, fixed in zip(tracks, sampler.sample(), sampler.queues, strict=True)
-        ]
+        interval = next_interval(waits, interval)
+        watch.look_after(min(interval, max(until - now, FINE_S)))
     return [
         _Watched(mapped, fixed, track)
-        for mapped, fixed, track in zip(sampler.devices, sampler.queues, tracks, strict=True)
+        for mapped, fixed, track in zip(sampler.devices, sampler.queues, watch.tracks, strict=True)
     ]
 
 

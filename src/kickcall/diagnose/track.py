@@ -82,6 +82,26 @@ def advance(track: Track, sample: Sample, fixed: QueueFixed) -> Track:
     )
 
 
+def forgive(track: Track, seconds: float) -> Track:
+    """Return the history with `seconds` less on every clock.
+
+    For a watcher that did not get to run when it should have: who else did not run in that time
+    cannot be blamed for it.
+    """
+
+    def later(since: float | None) -> float | None:
+        return None if since is None else min(since + seconds, track.now.at)
+
+    return replace(
+        track,
+        device_still_since=min(track.device_still_since + seconds, track.now.at),
+        unfetched_since=min(track.unfetched_since + seconds, track.now.at),
+        driver_still_since=min(track.driver_still_since + seconds, track.now.at),
+        unread_since=later(track.unread_since),
+        untaken_since=later(track.untaken_since),
+    )
+
+
 def _device_side(sample: Sample) -> tuple[object, ...]:
     """What only the device writes: its positions and the device event area."""
     return (
