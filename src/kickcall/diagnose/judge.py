@@ -60,10 +60,10 @@ def wants_slow_facts(verdict: Verdict) -> bool:
 
 def looks_stalled(fixed: QueueFixed, track: Track, limits: Thresholds) -> bool:
     """Tell whether a queue is worth a close look: a stall by the rings alone, or nearly one."""
-    if judge(fixed, track, None, limits).verdict.stalled:
-        return True
     view = View(fixed, track, None, limits)
-    return view.work_waits or view.call_was_owed or track.unread_since is not None
+    if view.work_waits or view.call_was_owed or view.kick_waits:
+        return True
+    return judge(fixed, track, None, limits).verdict.stalled
 
 
 def _since(rule: Rule, view: View) -> float:

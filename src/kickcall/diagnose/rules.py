@@ -131,15 +131,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.DEVICE_STUCK,
         5,
-        lambda view: (
-            view.work_waits
-            and view.backend_busy
-            and view.device_should_have_finished
-            and not view.kick_was_owed
-        ),
-        "The back-end runs, or waits for a disk, and does not fetch what is published.",
+        lambda view: view.work_waits and view.device_should_have_finished and view.stuck_at_work,
+        "The back-end runs, or waits for something that is no event, and does not get to what is "
+        "published.",
         "2.7.13.4",
         _ASK_BACKEND,
+        DeviceEvent.KICK,
     ),
     Rule(
         VerdictKind.PROGRESSING,
@@ -152,7 +149,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.DEVICE_STUCK,
         5,
-        lambda view: view.work_waits and view.device_should_have_looked and view.backend_stopped,
+        lambda view: (
+            view.work_waits
+            and view.device_should_have_looked
+            and view.backend_stopped
+            and not view.kick_waits
+        ),
         "The back-end took the kick, and is stopped before it fetched the work.",
         "2.7.13.4",
         "Let the back-end go on (SIGCONT, or end its debugger). " + _ASK_BACKEND,
@@ -185,7 +187,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.LOST_KICK,
         3,
-        lambda view: view.work_waits and view.device_should_have_looked and view.kick_was_owed,
+        lambda view: (
+            view.work_waits
+            and view.device_should_have_looked
+            and view.kick_was_owed
+            and not view.kick_waits
+        ),
         "The driver published work and had to kick, the kick notifier is empty, and the device "
         "has not looked.",
         "2.7.13.4.1, 2.8.10",
@@ -198,6 +205,7 @@ RULES: tuple[Rule, ...] = (
         lambda view: (
             view.work_waits
             and view.device_should_have_looked
+            and not view.kick_was_owed
             and view.nothing_in_flight
             and view.positions_known
         ),
@@ -218,7 +226,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.DRIVER_STUCK,
         10,
-        lambda view: view.call_was_owed and view.driver_should_have_looked and view.cpus_stopped,
+        lambda view: (
+            (view.call_was_owed or view.calls_left_off)
+            and view.driver_should_have_looked
+            and view.cpus_stopped
+        ),
         "The work is done and the driver does not reap it: a virtual CPU is stopped.",
         "2.7.14",
         "Let the virtual CPU's thread go on.",
@@ -236,7 +248,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.LOST_CALL,
         9,
-        lambda view: view.call_was_owed and view.driver_should_have_looked and view.call_untaken,
+        lambda view: (
+            view.call_untaken
+            and ((view.call_was_owed and view.driver_should_have_looked) or view.call_expected)
+        ),
         "The device called, and neither KVM nor QEMU has taken the call from the notifier.",
         "eventfd(2); KVM_IRQFD",
         "QEMU's main loop is stuck, or the notifier has lost its irqfd. {call}",
@@ -314,6 +329,16 @@ RULES: tuple[Rule, ...] = (
         "2.7.7",
         "If the guest hangs, let a probe find out: {probe}",
         DeviceEvent.CALL,
+    ),
+    Rule(
+        VerdictKind.UNKNOWN,
+        0,
+        lambda view: (
+            view.calls_off_at_rest and view.slow is None and view.driver_should_have_looked
+        ),
+        "The driver has its calls off: whether it polls, its interrupt vector tells.",
+        "2.7.7, 2.8.10",
+        "Look closer: kickcall diagnose does.",
     ),
     Rule(
         VerdictKind.UNKNOWN,

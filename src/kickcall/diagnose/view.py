@@ -26,8 +26,11 @@ _EVENT_WAITS = frozenset(
     | {"epoll_wait", "epoll_pwait", "epoll_pwait2", "io_uring_enter"}
 )
 """System calls in which an event loop with nothing to do sleeps."""
-_POOL_WAITS = frozenset({"futex"})
-"""Where the idle threads of a pool sleep."""
+_IDLE_WAITS = _EVENT_WAITS | frozenset(
+    {"futex", "recvmsg", "accept", "accept4", "rt_sigtimedwait", "wait4", "waitid", "pause"}
+    | {"nanosleep", "clock_nanosleep"}
+)
+"""The same, and those in which threads sleep that wait for other threads or for orders."""
 
 
 @dataclass
@@ -189,7 +192,12 @@ class View:
             return self.backend_stopped
         if not self.work_waits or self.fetched or not self.kick_was_owed:
             return False
-        return self.device_should_have_looked and not self.may_yet_look
+        return self.device_should_have_looked and not (self.may_yet_look or self.may_be_at_work)
+
+    @property
+    def kick_waits(self) -> bool:
+        """There is a kick in a notifier that is read."""
+        return self.drained_by_reading and self.track.unread_since is not None
 
     @property
     def backend_left(self) -> bool:
@@ -220,25 +228,48 @@ class View:
 
     @property
     def may_be_at_work(self) -> bool:
-        """The device may be in the middle of the work, with its kicks off, for all that can be
-        seen: it keeps its position to itself, is slow, and was not found in its event loop.
-
-        A vhost worker in the kernel does not wait for anything else (drivers/vhost/vhost.c,
-        vhost_run_work_list): if it sleeps, it has nothing to do.
-        """
+        """The device may be in the middle of the work, and slow, for all that can be seen."""
         return (
-            self.track.now.last_avail_idx is None
-            and self.fixed.backend is not BackendKind.VHOST_KERNEL
+            self.work_may_be_in_hand
             and not self.backend_at_rest
+            and not self.backend_stopped
             and not self.device_should_have_finished
         )
 
     @property
+    def work_may_be_in_hand(self) -> bool:
+        """The device fetched something that it has not completed, or keeps to itself whether.
+
+        A vhost worker in the kernel does not sleep at its work (drivers/vhost/vhost.c,
+        vhost_worker): if it sleeps, it has nothing to do.
+        """
+        if self.track.now.last_avail_idx is not None:
+            return not self.nothing_in_flight
+        return self.fixed.backend is not BackendKind.VHOST_KERNEL
+
+    @property
     def backend_at_rest(self) -> bool:
-        """All threads that may serve the queue sleep where an event loop waits for events."""
+        """All threads that may serve the queue sleep where they wait for events or orders."""
         threads = self.slow.backend_threads if self.slow is not None else ()
         waits = {thread.waits_in for thread in threads}
-        return bool(waits & _EVENT_WAITS) and waits <= _EVENT_WAITS | _POOL_WAITS
+        return bool(waits & _EVENT_WAITS) and waits <= _IDLE_WAITS
+
+    @property
+    def backend_elsewhere(self) -> bool:
+        """A thread that may serve the queue sleeps in something that is no wait for events."""
+        threads = self.slow.backend_threads if self.slow is not None else ()
+        return any(
+            thread.state is ThreadState.DISK
+            or (thread.state is ThreadState.SLEEPING and thread.waits_in not in _IDLE_WAITS | {""})
+            for thread in threads
+        )
+
+    @property
+    def stuck_at_work(self) -> bool:
+        """The back-end is found at work, and no kick that it missed explains what waits."""
+        if self.backend_elsewhere and self.work_may_be_in_hand:
+            return True
+        return self.backend_busy and not self.kick_was_owed
 
     # --- calls ---
 
@@ -268,8 +299,7 @@ class View:
     def _call_expected_at_zero(self) -> bool:
         """`used_event` 0 is where the driver waits for its first completion, not silence."""
         used = self.track.now.used_idx or 0
-        has_vector = self.slow is not None and self.slow.vector is not None
-        return self.fixed.calls_when_idle and has_vector and used <= self.fixed.size
+        return self.fixed.calls_when_idle and self.has_vector and used <= self.fixed.size
 
     @cached_property
     def unreaped(self) -> int:
@@ -311,20 +341,32 @@ class View:
         return span(self.fixed, now.used_idx, now.used_event) > self.waiting and not self.unreaped
 
     @property
-    def calls_left_off(self) -> bool:
-        """A driver that reaps when it is called, has an interrupt and asked for work, has its calls
-        off.
+    def calls_off_at_rest(self) -> bool:
+        """A driver that reaps when it is called, and asks for work, has its calls off.
 
-        Without a vector it polls: firmware, blk poll queues, DPDK. An inbox may be polled as long
-        as somebody listens (net RX: NAPI, SO_PREFER_BUSY_POLL).
+        An inbox may be polled for as long as somebody listens (net RX: NAPI, SO_PREFER_BUSY_POLL).
         """
-        return (
-            self.calls_off
-            and self.fixed.calls_when_idle
-            and self.fixed.role is QueueRole.REQUEST
-            and self.slow is not None
-            and self.slow.vector is not None
-        )
+        request = self.fixed.role is QueueRole.REQUEST
+        return self.calls_off and self.fixed.calls_when_idle and request
+
+    @property
+    def has_vector(self) -> bool:
+        """The driver gave the queue an interrupt of its own.
+
+        Without one it may poll: firmware, blk poll queues, DPDK.
+        """
+        return self.slow is not None and self.slow.vector is not None
+
+    @property
+    def calls_left_off(self) -> bool:
+        """A driver that has an interrupt sleeps with its calls off."""
+        return self.calls_off_at_rest and self.has_vector
+
+    @property
+    def call_expected(self) -> bool:
+        """Every call is somebody's business: the driver reaps when it is called, its progress is
+        invisible, and it has an interrupt."""
+        return self.fixed.calls_when_idle and not self.reaping_visible and self.has_vector
 
     @property
     def call_untaken(self) -> bool:
