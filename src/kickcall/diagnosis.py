@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from kickcall.diagnose.states import QueueFixed, SlowFacts
     from kickcall.diagnose.track import Track
+    from kickcall.vmm.monitor import Monitor
     from kickcall.vmm.session import MappedDevice, VmmSession
 
 _MARGIN_S = 0.2
@@ -37,7 +38,7 @@ class _Watched:
     mapped: MappedDevice
     fixed: QueueFixed
     track: Track
-    slow: SlowFacts | None = None
+    slow: SlowFacts | None
 
 
 def diagnose(
@@ -60,8 +61,16 @@ def diagnose(
     chosen = [device] if device is not None else list(session.devices)
     started = time.monotonic()
     with Sampler(session, [(one, queue) for one in chosen]) as sampler:
-        watched = _watch(sampler, started + duration_s, limits)
-    _look_closely(session, watched, limits)
+        watch = Watch(sampler)
+        until = started + duration_s
+        latest = until + limits.device_s + _MARGIN_S
+        while True:
+            _watch(watch, until, latest, limits)
+            watched = _look_closely(session, watch, limits)
+            if time.monotonic() >= latest or not any(_undecided(one, limits) for one in watched):
+                break
+            # By the rings it is a stall; by the threads somebody may yet get to it.
+            until = time.monotonic() + limits.notification_s
     # Evidence carries the time of day, samples a clock that never jumps.
     offset = time.time() - time.monotonic()
     verdicts = []
@@ -98,6 +107,11 @@ class Watch:
             track = advance(self.tracks[number], sample, fixed)
             self.tracks[number] = forgive(track, late) if late > 0 else track
 
+    def slow_facts(self, session: VmmSession, number: int, monitor: Monitor) -> SlowFacts:
+        """Return what is looked up only for a queue that looks stalled."""
+        queue = self.sampler.queues[number].queue
+        return slow_facts(session, self.sampler.devices[number], queue, monitor)
+
     def judged(self, limits: Thresholds) -> Iterator[tuple[int, Verdict, bool]]:
         """Yield each queue's number, its verdict by the rings alone, and whether it waits."""
         for number, (fixed, track) in enumerate(zip(self.sampler.queues, self.tracks, strict=True)):
@@ -105,10 +119,14 @@ class Watch:
             yield number, verdict, looks_stalled(fixed, track, limits)
 
 
-def _watch(sampler: Sampler, until: float, limits: Thresholds) -> list[_Watched]:
-    """Sample until `until`, and on while a queue waits that could still reach its threshold."""
-    watch = Watch(sampler)
-    latest = until + limits.device_s + _MARGIN_S
+def _undecided(one: _Watched, limits: Thresholds) -> bool:
+    """Tell whether a queue looks stalled and may be called so later."""
+    verdict = judge(one.fixed, one.track, one.slow, limits).verdict
+    return verdict is VerdictKind.PROGRESSING and looks_stalled(one.fixed, one.track, limits)
+
+
+def _watch(watch: Watch, until: float, latest: float, limits: Thresholds) -> None:
+    """Sample until `until`, and on to `latest` while a queue waits for its threshold."""
     interval = FINE_S
     while True:
         waits = undecided = False
@@ -120,26 +138,30 @@ def _watch(sampler: Sampler, until: float, limits: Thresholds) -> list[_Watched]
             break
         interval = next_interval(waits, interval)
         watch.look_after(min(interval, max(until - now, FINE_S)))
-    return [
-        _Watched(mapped, fixed, track)
-        for mapped, fixed, track in zip(sampler.devices, sampler.queues, watch.tracks, strict=True)
-    ]
 
 
-def _look_closely(session: VmmSession, watched: list[_Watched], limits: Thresholds) -> None:
-    """Read the slow facts of every queue whose verdict they may change."""
+def _look_closely(session: VmmSession, watch: Watch, limits: Thresholds) -> list[_Watched]:
+    """Read the slow facts of every queue whose verdict they may change, then look once more.
+
+    The slow facts take their time, and a queue that moved meanwhile is not stalled.
+    """
+    slow: dict[int, SlowFacts] = {}
     suspects = [
-        one
-        for one in watched
-        if not session.running
-        or wants_slow_facts(judge(one.fixed, one.track, None, limits))
-        or looks_stalled(one.fixed, one.track, limits)
+        number
+        for number, verdict, looks_bad in watch.judged(limits)
+        if looks_bad or wants_slow_facts(verdict) or not session.running
     ]
-    if not suspects:
-        return
-    with session.borrow() as monitor:
-        for one in suspects:
-            one.slow = slow_facts(session, one.mapped, one.fixed.queue, monitor)
+    if suspects:
+        with session.borrow() as monitor:
+            for number in suspects:
+                slow[number] = watch.slow_facts(session, number, monitor)
+        watch.look_after(0.0)
+    return [
+        _Watched(mapped, fixed, track, slow.get(number))
+        for number, (mapped, fixed, track) in enumerate(
+            zip(watch.sampler.devices, watch.sampler.queues, watch.tracks, strict=True)
+        )
+    ]
 
 
 def _judge(session: VmmSession, one: _Watched, limits: Thresholds) -> Verdict:

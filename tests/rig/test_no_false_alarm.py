@@ -18,7 +18,6 @@ from kickcall.diagnose.states import Thresholds
 from kickcall.diagnosis import Watch
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk, VirtioNet, VirtioScsi
 from kickcall.vmm.sampler import Sampler
-from kickcall.vmm.slow_facts import slow_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,10 +94,10 @@ def test_a_healthy_machine_under_load_is_never_called_stalled(
                 for number, verdict, _ in watch.judged(limits):
                     if not verdict.verdict.stalled:
                         continue
-                    fixed = sampler.queues[number]
                     with session.borrow() as monitor:
-                        slow = slow_facts(session, sampler.devices[number], fixed.queue, monitor)
-                    verdict = judge(fixed, watch.tracks[number], slow, limits)
+                        slow = watch.slow_facts(session, number, monitor)
+                    watch.look_after(0.0)
+                    verdict = judge(sampler.queues[number], watch.tracks[number], slow, limits)
                     if verdict.verdict.stalled:
                         print(verdict, watch.tracks[number], flush=True)
                         alarms.append(verdict)

@@ -178,8 +178,8 @@ RULES: tuple[Rule, ...] = (
         VerdictKind.UNKNOWN,
         0,
         lambda view: view.work_waits and view.device_should_have_looked and view.may_be_at_work,
-        "Work is outstanding. The back-end keeps its position to itself: this is a lost kick, or "
-        "a slow device at work with its kicks off.",
+        "Work is outstanding, and the back-end may be in the middle of it, with its kicks off: "
+        "this is a lost kick, or a slow device.",
         "2.7.10, 2.8.10",
         "Watch it for longer than a slow device needs, or let a probe find out: {probe}",
         DeviceEvent.KICK,
@@ -250,7 +250,7 @@ RULES: tuple[Rule, ...] = (
         9,
         lambda view: (
             view.call_untaken
-            and ((view.call_was_owed and view.driver_should_have_looked) or view.call_expected)
+            and ((view.call_was_owed and view.driver_had_every_chance) or view.call_expected)
         ),
         "The device called, and neither KVM nor QEMU has taken the call from the notifier.",
         "eventfd(2); KVM_IRQFD",
@@ -262,7 +262,7 @@ RULES: tuple[Rule, ...] = (
         9,
         lambda view: (
             view.call_was_owed
-            and view.driver_should_have_looked
+            and view.driver_had_every_chance
             and view.slow is not None
             and view.slow.vector_pending is True
         ),
@@ -274,7 +274,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.LOST_CALL,
         8,
-        lambda view: view.call_was_owed and view.driver_should_have_looked,
+        lambda view: view.call_was_owed and view.driver_had_every_chance,
         "The work is done, the driver wanted its call, and has not reaped it.",
         "2.7.7.2, 2.8.10",
         "{call}",
@@ -283,7 +283,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.CALL_SUPPRESSED,
         7,
-        lambda view: view.call_asked_too_late and view.driver_should_have_looked,
+        lambda view: view.call_asked_too_late and view.driver_had_every_chance,
         "The driver wants its call at an index that nothing it published can reach.",
         "2.7.7, 2.8.10",
         "{call}",
@@ -292,7 +292,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.CALL_SUPPRESSED,
         7,
-        lambda view: view.calls_left_off and view.driver_should_have_looked,
+        lambda view: view.calls_left_off and view.driver_had_every_chance,
         "The driver switched its calls off and did not switch them on again.",
         "2.7.7, 2.8.10",
         "{call}",

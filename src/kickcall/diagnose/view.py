@@ -76,6 +76,20 @@ class View:
         )
 
     @property
+    def driver_had_every_chance(self) -> bool:
+        """The driver would have looked by now even if it is busy.
+
+        A virtual CPU that could run may be at other work, or wait for a processor of the host: then
+        the driver gets a slow device's time.
+        """
+        if not self.driver_should_have_looked:
+            return False
+        busy = self.slow is not None and any(
+            thread.state is ThreadState.RUNNING for thread in self.slow.vcpu_threads
+        )
+        return not busy or self.driver_still_s >= self.limits.device_s
+
+    @property
     def moved_lately(self) -> bool:
         """Some index moved while the queue was watched, less than a notification's time ago."""
         track = self.track
