@@ -144,6 +144,17 @@ def own_io(machine: LabMachine, name: str, cpu: int = 0) -> str:
             return f"taskset -c {cpu} dd if={disk} of=/dev/null bs=4k count=1 iflag=direct"
 
 
+STOP_IO = "touch /run/stop-io"
+"""The guest's command that ends all that `io_until_told` began."""
+
+
+def io_until_told(machine: LabMachine, name: str, cpu: int = 0) -> str:
+    """Return a command for the guest that reads a disk until STOP_IO; it fails if a read does."""
+    machine.guest.run("rm -f /run/stop-io")
+    read = f"taskset -c {cpu} dd if={machine.disk(name)} of=/dev/null bs=4k count=200 iflag=direct"
+    return f"while [ ! -e /run/stop-io ]; do {read} || exit 1; done"
+
+
 def virtio_device_address(machine: LabMachine, name: str) -> str:
     """Return where QEMU has the VirtIODevice that the guest uses as `name`, by QEMU's trace."""
     command = own_io(machine, name)

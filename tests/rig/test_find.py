@@ -222,8 +222,8 @@ def test_a_qemu_whose_binary_was_replaced_is_found(tmp_path: Path) -> None:
     binary, path = tmp_path / "qemu-system-x86_64", tmp_path / "qmp"
     shutil.copy(qemu_binary(), binary)
     # Away from its usual place it does not find its modules and its firmware.
-    modules = next(Path("/usr/lib").glob("*/qemu"), Path("/usr/lib/qemu"))
-    before = ("env", f"QEMU_MODULE_DIR={modules}")
+    modules = [module.parent for module in Path("/usr/lib").glob("*/qemu/accel-tcg-*.so")]
+    before = ("env", f"QEMU_MODULE_DIR={modules[0] if modules else ''}")
     arguments = ("-name", "old", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios")
     monitor = ("-qmp", f"unix:{path},server=on,wait=off")
     with small_qemu(
