@@ -11,7 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from kickcall.diagnose.judge import judge, looks_stalled, wants_slow_facts
+from kickcall.diagnose.judge import decide, judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.states import (
     BackendThread,
     QueueFixed,
@@ -22,6 +22,7 @@ from kickcall.diagnose.states import (
     Thresholds,
 )
 from kickcall.diagnose.track import Track, advance, start
+from kickcall.diagnose.view import View
 from kickcall.model import BackendKind, DeviceEvent, Layout, VerdictKind
 from kickcall.virtio import packed
 from model.device import Device, DeviceFaults
@@ -32,7 +33,7 @@ from model.world import Steps, World
 if TYPE_CHECKING:
     import random
 
-    from kickcall.model import Verdict
+    from kickcall.diagnose.rules import Rule
 
 LIMITS = Thresholds(notification_s=0.5, device_s=1.5)
 SLOW_SERVICE_S = 1.0
@@ -75,6 +76,8 @@ class Case:
     busy_neighbour: float
     """How likely the thread is found at the work of another queue."""
     stop_seen: bool
+    busy_guest: float
+    """How likely a virtual CPU is found running."""
     barrier: str
     interval: tuple[float, float]
     plan: list[tuple[float, int]] = field(default_factory=list)
@@ -156,6 +159,7 @@ def make_case(rng: random.Random, fault: str = "") -> Case:
         ),
         busy_neighbour=rng.choice((0.0, 0.0, 0.5)),
         stop_seen=rng.random() < 0.5,
+        busy_guest=rng.choice((0.0, 0.0, 0.1, 1.0)),
         barrier=rng.choice(("vector", "function", "bus master")),
         interval=rng.choice(((0.03, 0.25), (0.1, 0.2), (0.15, 0.3))),
         plan=[
@@ -214,8 +218,8 @@ class Run:
             has_call_notifier=True,
         )
         self.track: Track | None = None
+        self.slow: SlowFacts | None = None
         self.wrong = ""
-        self.stalls: set[Said] = set()
 
     def run(self) -> str:
         """Let it all happen; return what is wrong, or an empty string."""
@@ -225,8 +229,10 @@ class Run:
         device.completer = world.spawn(device.run_completer())
         device.pump = world.spawn(device.run_pump())
         world.spawn(self._watch())
-        while not self.wrong and not self._quiet():
-            world.run(world.now + 0.3)
+        quiet = 0
+        while not self.wrong and quiet < 2:  # one look may come between a publication and its kick
+            world.run(world.now + 0.2)
+            quiet = quiet + 1 if self._quiet() else 0
             assert world.now < 300, self.case
         world.run(world.now + QUIET_S)
         return self.wrong or self._final()
@@ -257,15 +263,18 @@ class Run:
             self._judge(careful=rng.random() < 0.2)
             yield shortest + (longest - shortest) * rng.random()
 
-    def _judge(self, *, careful: bool) -> Verdict:
+    def _judge(self, *, careful: bool) -> Rule:
         """Judge by the rings alone, and where that may change the verdict by the slow facts."""
         assert self.track is not None
-        verdict = judge(self.fixed, self.track, None, LIMITS)
-        if wants_slow_facts(verdict) or (careful and looks_stalled(self.fixed, self.track, LIMITS)):
-            verdict = judge(self.fixed, self.track, self._slow_facts(), LIMITS)
-        if verdict.verdict.stalled:
-            self._check_stall(verdict)
-        return verdict
+        rule = decide(View(self.fixed, self.track, None, LIMITS))
+        if wants_slow_facts(rule) or (careful and looks_stalled(self.fixed, self.track, LIMITS)):
+            self.slow = self._slow_facts()
+            rule = decide(View(self.fixed, self.track, self.slow, LIMITS))
+        else:
+            self.slow = None
+        if rule.verdict.stalled:
+            self._check_stall(rule)
+        return rule
 
     def _sample(self, at: float) -> SampleSteps:
         """Read field after field: anything may happen in between."""
@@ -341,6 +350,8 @@ class Run:
                     "CPU 0/KVM",
                     ThreadState.STOPPED
                     if self.driver.stopped and case.stop_seen
+                    else ThreadState.RUNNING
+                    if self.rng.random() < case.busy_guest
                     else ThreadState.SLEEPING,
                 ),
             ),
@@ -368,9 +379,8 @@ class Run:
 
     # --- what is right ---
 
-    def _check_stall(self, verdict: Verdict) -> None:
+    def _check_stall(self, verdict: Rule) -> None:
         said = (verdict.verdict, verdict.hop)
-        self.stalls.add(said)
         broke = [at for at in (self.device.broke_at, self.driver.broke_at) if at is not None]
         if not broke:
             self._complain(f"a stall without a loss: {said}", verdict)
@@ -482,10 +492,12 @@ class Run:
         stuck = bool(device.in_flight) or device.does == "works"
         return device.sleeps_on_work or stuck, driver.waits_in_vain
 
-    def _complain(self, what: str, verdict: Verdict) -> None:
+    def _complain(self, what: str, verdict: Rule) -> None:
         if self.wrong:
             return
-        values = ", ".join(f"{one.what}={one.value}" for one in verdict.evidence)
+        assert self.track is not None
+        evidence = judge(self.fixed, self.track, self.slow, LIMITS).evidence
+        values = ", ".join(f"{one.what}={one.value}" for one in evidence)
         self.wrong = (
             f"{what}; said {verdict.verdict} ({verdict.hop}, event {verdict.event}) at "
             f"{self.world.now:.3f}: {values}\n  hangs {self._hangs()}\n  {self.case}"

@@ -30,7 +30,7 @@ def judge(
     and judge again before it is reported. Evidence carries the times of the samples.
     """
     view = View(fixed, track, slow, limits)
-    rule = next(rule for rule in RULES if rule.when(view))
+    rule = decide(view)
     device = fixed.device.removeprefix("/machine/peripheral/")
     where = f"{machine} {device} --queue {fixed.queue}"
     return Verdict(
@@ -53,7 +53,12 @@ def judge(
     )
 
 
-def wants_slow_facts(verdict: Verdict) -> bool:
+def decide(view: View) -> Rule:
+    """Return the rule that holds: the verdict without its evidence, for who asks often."""
+    return next(rule for rule in RULES if rule.when(view))
+
+
+def wants_slow_facts(verdict: Verdict | Rule) -> bool:
     """Tell whether the verdict may change once the slow facts are known."""
     return verdict.verdict.stalled or verdict.verdict is VerdictKind.UNKNOWN
 
@@ -63,7 +68,7 @@ def looks_stalled(fixed: QueueFixed, track: Track, limits: Thresholds) -> bool:
     view = View(fixed, track, None, limits)
     if view.work_waits or view.call_was_owed or view.kick_waits:
         return True
-    return judge(fixed, track, None, limits).verdict.stalled
+    return decide(view).verdict.stalled
 
 
 def _since(rule: Rule, view: View) -> float:
