@@ -219,6 +219,7 @@ class Run:
         )
         self.track: Track | None = None
         self.slow: SlowFacts | None = None
+        self.rule: Rule | None = None
         self.wrong = ""
 
     def run(self) -> str:
@@ -252,29 +253,37 @@ class Run:
     # --- the judge's side ---
 
     def _watch(self) -> Steps:
-        world, rng = self.world, self.rng
+        """Look again and again, and closer where something looks stalled."""
+        rng = self.rng
         shortest, longest = self.case.interval
         while True:
-            at = world.now
-            sample = yield from self._sample(at)
-            self.track = (
-                start(sample) if self.track is None else advance(self.track, sample, self.fixed)
-            )
-            self._judge(careful=rng.random() < 0.2)
+            yield from self._look()
+            yield from self._judge(careful=rng.random() < 0.2)
             yield shortest + (longest - shortest) * rng.random()
 
-    def _judge(self, *, careful: bool) -> Rule:
-        """Judge by the rings alone, and where that may change the verdict by the slow facts."""
+    def _look(self) -> Steps:
+        sample = yield from self._sample(self.world.now)
+        self.track = (
+            start(sample) if self.track is None else advance(self.track, sample, self.fixed)
+        )
+
+    def _judge(self, *, careful: bool) -> Steps:
+        """Judge by the rings alone, and where that may change the verdict by the slow facts.
+
+        These take their time, and are followed by one more look: a queue that moved meanwhile is
+        not stalled.
+        """
         assert self.track is not None
+        self.slow = None
         rule = decide(View(self.fixed, self.track, None, LIMITS))
         if wants_slow_facts(rule) or (careful and looks_stalled(self.fixed, self.track, LIMITS)):
             self.slow = self._slow_facts()
+            yield self.world.tick()
+            yield from self._look()
             rule = decide(View(self.fixed, self.track, self.slow, LIMITS))
-        else:
-            self.slow = None
         if rule.verdict.stalled:
             self._check_stall(rule)
-        return rule
+        self.rule = rule
 
     def _sample(self, at: float) -> SampleSteps:
         """Read field after field: anything may happen in between."""
@@ -369,9 +378,9 @@ class Run:
         waits = "" if case.backend is BackendKind.VHOST_KERNEL else "ppoll"
         if device.does == "works":
             return case.works_in
-        if device.does == "runs" and device.faults.sleeps_on != 0:
+        if device.does == "runs" and not device.sleeps_on:
             return ThreadState.RUNNING, ""
-        if device.faults.sleeps_on == 0 and case.asleep is ThreadState.STOPPED:
+        if device.sleeps_on and case.asleep is ThreadState.STOPPED:
             return ThreadState.STOPPED, ""
         if self.rng.random() < case.busy_neighbour:
             return ThreadState.RUNNING, ""
@@ -398,7 +407,7 @@ class Run:
             if case.busy_neighbour:
                 # One look does not tell a thread that serves others from one that spins.
                 right.add((V.DEVICE_STUCK, 5))
-            if not case.position_known and self.device.in_flight:
+            if not case.position_known and case.service_s > 0.1:
                 # What is in flight may as well be what was not fetched.
                 right.add((V.LOST_KICK, 3))
             return right
@@ -442,15 +451,17 @@ class Run:
         blind = not case.position_known or case.arm_at_pop
         if blind and (not case.facts or looks_busy):
             # Nothing tells a back-end that is stuck at its work from one that sleeps.
-            right |= {(V.LOST_KICK, 3), (V.KICK_SUPPRESSED, 2)}
-            if not case.event_idx:
-                right.add((V.KICK_UNREAD, 4))
+            right |= {(V.LOST_KICK, 3), (V.KICK_SUPPRESSED, 2), (V.KICK_UNREAD, 4)}
         return right
 
     def _final(self) -> str:
         """Judge the last verdict by what really hangs."""
         assert self.track is not None
-        case, verdict = self.case, self._judge(careful=True)
+        case = self.case
+        self.world.spawn(self._judge(careful=True))
+        self.world.run(self.world.now + 1.0)
+        verdict = self.rule
+        assert verdict is not None
         kicks, calls = self._hangs()
         said = (verdict.verdict, verdict.hop)
         if verdict.verdict.stalled or not (kicks or calls):
@@ -480,8 +491,8 @@ class Run:
     def _call_invisible(self, now: Sample) -> bool:
         """The driver asks for no call, as far as the ring tells: it may as well poll."""
         case = self.case
-        if case.fault == "asks_too_late" and now.used_event == now.used_idx:
-            return True  # just where it would be at rest
+        if now.used_event == now.used_idx:
+            return True  # just where it would be at rest: too late, or Linux's 0 for silence
         off = now.used_event == 0 if case.layout is Layout.SPLIT else now.avail_flags == 1
         # Only a vector tells that it would rather be called, and an inbox may be polled.
         return off and (not case.facts or case.role is QueueRole.INBOX)

@@ -78,7 +78,8 @@ class Device:
         self.masked = self.pending = False
         self.does = "sleeps"
         """`sleeps` in its event loop, `runs`, or `works` on an entry."""
-        self.is_gone = False
+        self.is_gone = self.sleeps_on = self.no_taker = False
+        self.silent = False
         self.broke_at: float | None = None
 
     # --- notifiers ---
@@ -89,8 +90,8 @@ class Device:
             self._broke()
             return
         self.kick_count += 1
-        if self.faults.sleeps_on == 0 or hit(self.faults, "sleeps_on"):
-            self.faults.sleeps_on = 0
+        if self.sleeps_on or hit(self.faults, "sleeps_on"):
+            self.sleeps_on = True
             self._broke()
             return
         if not self.is_gone:
@@ -110,19 +111,17 @@ class Device:
             if not self.call_count:
                 yield FOREVER
                 continue
-            if self.faults.call_untaken == 0 or hit(self.faults, "call_untaken"):
-                self.faults.call_untaken = 0
+            if self.no_taker or hit(self.faults, "call_untaken"):
+                self.no_taker = True
                 self._broke()
                 yield FOREVER
                 continue
             self.call_count = 0
             yield self.world.tick()
-            if self.faults.masked == 0 or hit(self.faults, "masked"):
-                self.faults.masked = 0
+            if self.masked or hit(self.faults, "masked"):
                 self.masked = self.pending = True
                 self._broke()
-            elif self.faults.pending == 0 or hit(self.faults, "pending"):
-                self.faults.pending = 0
+            elif self.pending or hit(self.faults, "pending"):
                 self.pending = True
                 self._broke()
             else:
@@ -173,8 +172,8 @@ class Device:
                     if ring.chain(self.fetched):
                         yield from self._fetch_all()
                     yield 0.01
-            if hit(self.faults, "stays_silent"):
-                self.faults.stays_silent = 0
+            if self.silent or hit(self.faults, "stays_silent"):
+                self.silent = True
                 self._broke()
                 yield from self._kicks_off()
                 return

@@ -26,8 +26,10 @@ def judge(
 ) -> Verdict:
     """Return the verdict on a queue. Never raises, whatever the rings hold.
 
-    Without `slow` a stall is judged by the rings alone; look at the slow facts (`wants_slow_facts`)
-    and judge again before it is reported. Evidence carries the times of the samples.
+    Without `slow` a stall is judged by the rings alone. Before it is reported look at the slow
+    facts (`wants_slow_facts`), then at the queue once more, and judge again: facts that are newer
+    than the last sample may be of a time when the queue had moved. Evidence carries the times of
+    the samples.
     """
     view = View(fixed, track, slow, limits)
     rule = decide(view)
