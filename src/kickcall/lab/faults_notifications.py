@@ -24,11 +24,18 @@ _RESERVED_EVENT_MODE = 3
 
 
 @contextlib.contextmanager
-def repaired(target: Target, event: DeviceEvent, command: Command) -> Iterator[None]:
-    """Write the missing event when the block is left, and wait for the guest's request."""
+def repaired(
+    target: Target,
+    event: DeviceEvent,
+    command: Command,
+    undone: contextlib.ExitStack | None = None,
+) -> Iterator[None]:
+    """When the block is left, undo, write the missing event, and wait for the guest's request."""
     try:
         yield
     finally:
+        if undone is not None:
+            undone.close()
         target.inject(event)
         target.finish(command)
 
@@ -111,18 +118,31 @@ def lost_call(target: Target) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def _written(target: Target, values: dict[str, int]) -> Iterator[str]:
+    """Write fields of the queue in guest memory, and give back what is still ours at the end."""
+    before = {field: target.fields.read(field) for field in values}
+    for field, value in values.items():
+        target.fields.write(field, value)
+    try:
+        yield ", ".join(f"{field} {value:#x} in guest memory" for field, value in values.items())
+    finally:
+        target.fields.restore(before, values)
+
+
+@contextlib.contextmanager
 def kick_suppressed(target: Target) -> Iterator[str]:
     """Let the driver publish without a kick."""
-    state = target.state()
-    assert state.avail_idx is not None
-    wrote = target.fields.silence_kicks(target.event_idx, state.avail_idx)
-    command = target.request()
-    # The kick makes the device look, and then it asks for the next one by itself.
-    with repaired(target, DeviceEvent.KICK, command):
-        target.until_published(state.avail_idx)
-        if not target.stays_incomplete():
-            raise LabError(f"{target.device} found the work without a kick")
-        yield f"the driver published and did not kick: {wrote} in guest memory"
+    published = target.published
+    silence = target.fields.no_kick_wanted(target.event_idx, published)
+    with contextlib.ExitStack() as undone:
+        wrote = undone.enter_context(_written(target, silence))
+        command = target.request()
+        # The field first: not every back-end asks for its next kick by itself.
+        with repaired(target, DeviceEvent.KICK, command, undone):
+            target.until_published(published)
+            if not target.stays_incomplete():
+                raise LabError(f"{target.device} found the work without a kick")
+            yield f"the driver published and did not kick: {wrote}"
 
 
 def cannot_suppress_call(target: Target) -> str:
@@ -137,15 +157,15 @@ def call_suppressed(target: Target) -> Iterator[str]:
     # Its first call after a start a device sends whatever the driver asks for
     # (QEMU: hw/virtio/virtio.c and libvhost-user.c, signalled_used_valid).
     target.finish(target.request())
-    state = target.state()
-    assert state.used_idx is not None
-    wrote = target.fields.silence_calls(target.event_idx, state.used_idx)
-    command = target.request()
-    # The call makes the driver reap, and then it asks for the next one by itself.
-    with repaired(target, DeviceEvent.CALL, command):
-        target.until_completed(state.used_idx)
-        _expect_hang(command)
-        yield f"the device completed and did not call: {wrote} in guest memory"
+    completed = target.completed
+    silence = target.fields.no_call_wanted(target.event_idx, completed)
+    with contextlib.ExitStack() as undone:
+        wrote = undone.enter_context(_written(target, silence))
+        command = target.request()
+        with repaired(target, DeviceEvent.CALL, command, undone):
+            target.until_completed(completed)
+            _expect_hang(command)
+            yield f"the device completed and did not call: {wrote}"
 
 
 def _expect_hang(command: Command) -> None:
@@ -159,12 +179,9 @@ def ring_corrupt(target: Target) -> Iterator[str]:
     """Let the ring say what cannot be; nobody is kicked, so the device does not see it."""
     fields = target.fields
     if fields.layout is Layout.PACKED:
-        field, value = "avail_flags", _RESERVED_EVENT_MODE
+        values = {"avail_flags": _RESERVED_EVENT_MODE}
     else:
-        field, value = "avail_idx", fields.read("used_idx") + fields.size + 1000
-    before = fields.read(field)
-    fields.write(field, value)
-    try:
-        yield f"{field} is {value & 0xFFFF:#x}, written over {before:#x}"
-    finally:
-        fields.write(field, before)
+        ahead = fields.read("used_idx") + fields.size + 1000
+        values = {"avail_idx": ahead & 0xFFFF}
+    with _written(target, values) as wrote:
+        yield wrote

@@ -194,15 +194,15 @@ class Target:
                     # The guest's answer to this comes by the main loop: it is held after that.
                     command = self.request(after_s=0.3 * 2**attempt)
                     armed.set()
-                self.until(
-                    lambda held=held, before=before: held.is_held or self.completed != before,
-                    "the guest did not kick",
-                )
+                self._until_held_or_completed(held, before)
                 if held.is_held:
                     yield command
                     return
             self.finish(command)
         raise LabError(f"{self.device} read every kick before it could be held")
+
+    def _until_held_or_completed(self, held: HeldThread, before: int) -> None:
+        self.until(lambda: held.is_held or self.completed != before, "the guest did not kick")
 
     # --- its work ---
 

@@ -13,6 +13,8 @@ from kickcall.model import Layout
 from kickcall.virtio import packed, split
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kickcall.model import QueueMap
     from kickcall.vmm.guest_memory import GuestMemory
 
@@ -80,37 +82,34 @@ class RingFields:
         """Change a field. Raises LabError where it does not lie in guest RAM."""
         write(self._pid, self._address(field), _U16.pack(value & 0xFFFF))
 
-    def silence_kicks(self, event_idx: bool, avail_idx: int) -> str:
-        """Let the driver believe that the device wants no kick, and return what was written.
+    def restore(self, before: Mapping[str, int], written: Mapping[str, int]) -> None:
+        """Give fields back what they said `before`, unless their owner changed them since."""
+        for field, value in before.items():
+            if self.read(field) == written[field]:
+                self.write(field, value)
 
-        With event indices the device asks for its kick at an index far ahead, without them it
-        asks for none.
+    def no_kick_wanted(self, event_idx: bool, avail_idx: int) -> dict[str, int]:
+        """Return what the device writes that wants no kick for what is published next.
+
+        With event indices it asks for its kick at an index far ahead, without them for none.
         """
         if event_idx:
-            far = self._far(avail_idx)
-            self.write("avail_event", far)
-            if self.layout is Layout.PACKED:
-                self.write("used_flags", packed.EVENT_FLAGS_DESC)
-            return f"avail_event {far:#x}"
+            return self._event("avail_event", "used_flags", avail_idx)
         disable = packed.EVENT_FLAGS_DISABLE
-        self.write(
-            "used_flags", disable if self.layout is Layout.PACKED else split.USED_F_NO_NOTIFY
-        )
-        return "used.flags 1"
+        return {"used_flags": disable if self.layout is Layout.PACKED else split.USED_F_NO_NOTIFY}
 
-    def silence_calls(self, event_idx: bool, used_idx: int) -> str:
-        """Let the device believe that the driver wants no call, and return what was written."""
+    def no_call_wanted(self, event_idx: bool, used_idx: int) -> dict[str, int]:
+        """Return what the driver writes that wants no call for what is completed next."""
         if event_idx:
-            far = self._far(used_idx)
-            self.write("used_event", far)
-            if self.layout is Layout.PACKED:
-                self.write("avail_flags", packed.EVENT_FLAGS_DESC)
-            return f"used_event {far:#x}"
+            return self._event("used_event", "avail_flags", used_idx)
         disable = packed.EVENT_FLAGS_DISABLE
-        self.write(
-            "avail_flags", disable if self.layout is Layout.PACKED else split.AVAIL_F_NO_INTERRUPT
-        )
-        return "avail.flags 1"
+        return {
+            "avail_flags": disable if self.layout is Layout.PACKED else split.AVAIL_F_NO_INTERRUPT
+        }
+
+    def _event(self, position: str, flags: str, now: int) -> dict[str, int]:
+        at = {position: self._far(now)}
+        return at if self.layout is Layout.SPLIT else {**at, flags: packed.EVENT_FLAGS_DESC}
 
     def _far(self, position: int) -> int:
         """Return an index that nothing will reach for long: a quarter or half of all the way."""
