@@ -173,9 +173,24 @@ def break_(
     device: Annotated[
         str,
         typer.Argument(
-            metavar="DEVICE", help="A vhost-user device with a relay, as vub0.", show_default=False
+            metavar="DEVICE",
+            help="A device, as blk0. Without --fault: a vhost-user device with a relay, as vub0.",
+            show_default=False,
         ),
     ],
+    fault: Annotated[
+        str | None,
+        typer.Option(
+            help="Break a queue in this way (`kickcall lab faults` lists them) until Ctrl-C.",
+            show_default=False,
+        ),
+    ] = None,
+    hold: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="With --fault: repair it after this many seconds.", show_default=False
+        ),
+    ] = None,
     drop: Annotated[Notification | None, typer.Option(help="Lose the next of these.")] = None,
     delay: Annotated[
         Notification | None, typer.Option(help="Carry the next of these late.")
@@ -198,9 +213,16 @@ def break_(
     Example:
 
         kickcall lab break vm0 vub0 --queue 0 --drop kick --count 1
+        kickcall lab break vm0 blk0 --fault lost-call
     """
+    from kickcall.errors import UsageError
     from kickcall.lab.machine import LabMachine
 
+    if fault is not None:
+        if drop or delay or double or clear or json:
+            raise UsageError("--fault stands alone: the relay is asked in another command")
+        _break_until(name, device, queue, fault, hold)
+        return
     relay = LabMachine.find(name).relay(device)
     if clear:
         relay.clear()
@@ -229,6 +251,56 @@ def break_(
             for row in rows
         ],
     )
+
+
+@app.command()
+def faults(json: JsonOption = False) -> None:
+    """List the faults of `kickcall lab break --fault`.
+
+    Example:
+
+        kickcall lab faults
+    """
+    from kickcall.lab.faults import FAULTS
+
+    if json:
+        print_json([{"name": fault.name, "what": fault.what} for fault in FAULTS.values()])
+        return
+    print_table(
+        ("fault", "what is broken"), [(fault.name, fault.what) for fault in FAULTS.values()]
+    )
+
+
+def _break_until(
+    name: str, device: str, queue: int | None, fault_name: str, hold: float | None
+) -> None:
+    """Break a queue, say how that is known, and repair it after `hold` seconds or at Ctrl-C."""
+    import signal
+
+    from kickcall.errors import UsageError
+    from kickcall.lab.faults import FAULTS
+    from kickcall.lab.faults_target import Target
+    from kickcall.lab.machine import LabMachine
+
+    if (fault := FAULTS.get(fault_name)) is None:
+        raise UsageError(f"no fault is called {fault_name}: kickcall lab faults lists them")
+    ending = {signal.SIGINT, signal.SIGTERM}
+    # Waited for, not handled: the repair must not be cut short.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    try:
+        with Target(LabMachine.find(name), device, queue) as target:
+            with fault.on(target) as proof:
+                typer.echo(f"queue {target.number} of {device} is broken: {proof}")
+                until = "Ctrl-C" if hold is None else f"{hold:g} s or Ctrl-C"
+                typer.echo(f"until {until}; meanwhile try:  kickcall diagnose {name}", err=True)
+                if hold is None:
+                    signal.sigwait(ending)
+                else:
+                    signal.sigtimedwait(ending, hold)
+            after = "only a reboot helps" if fault.undone_by == "reboot" else "repaired"
+            typer.echo(f"queue {target.number} of {device}: {after}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)
 
 
 @app.command()
