@@ -109,8 +109,8 @@ def page() -> str:
         "",
         "## The questions",
         "",
-        "`slow` are the facts that are looked up only when a queue looks stalled; `track` is what "
-        "was seen of it so far.",
+        "`fixed` is what does not change about a queue, `track` what was seen of it so far, and "
+        "`slow` what is looked up only when it looks stalled: `src/kickcall/diagnose/states.py`.",
         "",
         *questions(),
     ]

@@ -445,13 +445,15 @@ class Run:
         if not case.sync and case.polls != "always":
             return {(V.DEVICE_STUCK, 6)}
         right = {(V.DEVICE_STUCK, 6), (V.DEVICE_STUCK, 5)}
-        if case.arm_at_pop or not case.positions_known:
-            right.add((V.KICK_UNREAD, 4))  # of what is behind the entry that is stuck
-        looks_busy = case.works_in[0] is ThreadState.RUNNING or not case.sync
         blind = not case.position_known or case.arm_at_pop
+        if blind:
+            # The kick of what is behind the entry that is stuck; or of that one itself, if it was
+            # found before its kick was read.
+            right.add((V.KICK_UNREAD, 4))
+        looks_busy = case.works_in[0] is ThreadState.RUNNING or not case.sync
         if blind and (not case.facts or looks_busy):
             # Nothing tells a back-end that is stuck at its work from one that sleeps.
-            right |= {(V.LOST_KICK, 3), (V.KICK_SUPPRESSED, 2), (V.KICK_UNREAD, 4)}
+            right |= {(V.LOST_KICK, 3), (V.KICK_SUPPRESSED, 2)}
         return right
 
     def _final(self) -> str:

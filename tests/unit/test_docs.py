@@ -99,7 +99,9 @@ def explained() -> set[str]:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
-    missing = [p.name for p in (ROOT / "docs").rglob("*.md") if f": {p.name}\n" not in navigation]
+    docs = ROOT / "docs"
+    names = [str(page.relative_to(docs)) for page in docs.rglob("*.md")]
+    missing = [name for name in names if f": {name}\n" not in navigation]
     assert missing == []
 
 
