@@ -29,8 +29,7 @@ _HEAD = """\
 <!-- Written by scripts/draw_rules.py from src/kickcall/diagnose/: do not edit. -->
 
 A verdict is the first row of this table that holds. Sections are those of the
-[virtio specification](https://docs.oasis-open.org/virtio/virtio/v1.4/virtio-v1.4.html), where no
-other source is named. The words in the conditions are [questions](#the-questions) that are asked of
+virtio specification 1.4, where no other source is named. The words in the conditions are [questions](#the-questions) that are asked of
 what was seen of the queue.
 
 A *notification* that was owed has half a second to be noticed. A *device* has five seconds for work
