@@ -237,8 +237,11 @@ class Target:
             return "the driver takes back what was sent when it sends more, called or not"
         return self.cannot_request
 
-    def request_command(self, size: str = "4k") -> str:
-        """Return a shell command that makes one request on exactly this queue."""
+    def request_command(self, size: str = "4k", reads: int = 1) -> str:
+        """Return a shell command that makes one request on exactly this queue.
+
+        With `reads` a disk gets that many, each after the one before is done.
+        """
         if reason := self.cannot_request:
             raise LabError(f"{self.device} queue {self.number}: {reason}")
         spec = self.spec
@@ -246,16 +249,17 @@ class Target:
             # In vain for ever, rather than over after 10 s.
             return "ping -c 1 -W 1000 10.0.2.2 >/dev/null"
         assert isinstance(spec, VirtioBlk | VirtioScsi | VhostUserBlk)
-        read = f"dd if={self.machine.disk(self.device)} of=/dev/null bs={size} count=1 iflag=direct"
+        disk = self.machine.disk(self.device)
+        read = f"dd if={disk} of=/dev/null bs={size} count={reads} iflag=direct"
         if spec.queues == 1:
             return read
         first = _SCSI_REQUEST if isinstance(spec, VirtioScsi) else 0
         return f"taskset -c {self.number - first} {read}"
 
-    def request(self, after_s: float = 0.0) -> Command:
-        """Let the guest make one request on exactly this queue."""
+    def request(self, after_s: float = 0.0, reads: int = 1) -> Command:
+        """Let the guest make one request on exactly this queue: see `request_command`."""
         wait = f"sleep {after_s:g}; " if after_s else ""
-        return self.machine.guest.start(wait + self.request_command())
+        return self.machine.guest.start(wait + self.request_command(reads=reads))
 
     def finish(self, *commands: Command) -> None:
         """Return when the guest's requests are done. Raises LabError if they hang."""
