@@ -135,7 +135,7 @@ def test_a_stopped_back_end_is_seen(machine: LabMachine) -> None:
     os.kill(pid, signal.SIGSTOP)
     try:
         deadline = time.monotonic() + 5
-        states = set()
+        states: set[ThreadState] = set()
         while states != {ThreadState.STOPPED} and time.monotonic() < deadline:
             states = {thread.state for thread in facts(machine, "vub0").backend_threads}
         assert states == {ThreadState.STOPPED}
