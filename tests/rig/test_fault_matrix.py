@@ -241,6 +241,8 @@ class Rig:
     """The machine of one layout and event index; a new one after a fault that cannot be undone."""
 
     def __init__(self, layout: str, event_index: str) -> None:
+        self.layout = layout
+        self.event_index = event_index
         self._spec = MachineSpec(
             devices=devices(layout, event_index),
             # Without IPv6 an idle guest sends nothing, so no queue moves that no test uses.
@@ -268,16 +270,14 @@ class Rig:
 @pytest.fixture(scope="module", params=COMBINATIONS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
 def rig(request: pytest.FixtureRequest, guest_image_built: object) -> Iterator[Rig]:
     rig = Rig(*request.param)
-    rig.combination = request.param  # type: ignore[attr-defined]
     yield rig
     rig.discard()
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(row.fault for row in EXPECTED))
 def test_a_fault_gets_the_right_verdict(name: str, rig: Rig, matrix: Matrix) -> None:
-    layout, event_index = rig.combination  # type: ignore[attr-defined]
     fault = FAULTS[name]
-    chosen = cells(name, layout, event_index)
+    chosen = cells(name, rig.layout, rig.event_index)
     if not chosen:
         pytest.skip("only vhost-user devices have it, and none of them has packed queues")
     # What stops the machine is done to one queue at a time.
@@ -298,7 +298,7 @@ def test_a_fault_gets_the_right_verdict(name: str, rig: Rig, matrix: Matrix) -> 
 
 def one_round(fault: Fault, together: list[Cell], machine: LabMachine, matrix: Matrix) -> list[str]:
     """Break the queues, diagnose, repair, use them again. Returns what was wrong."""
-    wrong = []
+    wrong: list[str] = []
     with contextlib.ExitStack() as opened:
         ours = {
             cell: opened.enter_context(Target(machine, *QUEUES[cell.queue][:2]))
@@ -314,9 +314,8 @@ def one_round(fault: Fault, together: list[Cell], machine: LabMachine, matrix: M
                     attached = looking.enter_context(attach(machine.name))
                 verdicts = attached.diagnose(duration_s=watch(together))
                 # The first is served by QEMU, the last by another process where there is one.
-                for cell in {together[0]: None, together[-1]: None}:
-                    if late := told_late(attached, cell):
-                        wrong.append(late)
+                ends = dict.fromkeys((together[0], together[-1]))
+                wrong += filter(None, (told_late(attached, cell) for cell in ends))
                 for cell in together:
                     verdict = find(verdicts, cell)
                     seen, words = compare(cell, verdict, attached)
@@ -390,7 +389,6 @@ def tell(verdict: Verdict) -> str:
 
 def test_the_matrix_is_whole(rig: Rig, matrix: Matrix) -> None:
     """Each fault is expected exactly where the lab can make it."""
-    layout, event_index = rig.combination  # type: ignore[attr-defined]
     can, expected = set(), set()
     for name, (device, queue, _) in QUEUES.items():
         if device not in [one.id for one in rig.machine.spec.devices]:
@@ -404,7 +402,8 @@ def test_the_matrix_is_whole(rig: Rig, matrix: Matrix) -> None:
                     # The receive queue is watched where the transmit queue tells nothing.
                     can.add((fault.name, name))
     for fault_name in FAULTS:
-        expected |= {(fault_name, one.queue) for one in cells(fault_name, layout, event_index)}
+        mine = cells(fault_name, rig.layout, rig.event_index)
+        expected |= {(fault_name, cell.queue) for cell in mine}
     assert expected == can
 
 
@@ -466,11 +465,3 @@ def test_all_verdicts_are_expected_somewhere() -> None:
     told = {row.verdict for row in EXPECTED} | {row.probed for row in EXPECTED}
     healthy = {VerdictKind.IDLE, VerdictKind.PROGRESSING}
     assert {kind for kind in VerdictKind if kind not in told} == healthy
-
-
-@pytest.fixture(autouse=True)
-def _diagnosis_exists() -> None:
-    from kickcall.attached import AttachedMachine
-
-    if not hasattr(AttachedMachine, "diagnose"):
-        pytest.skip("AttachedMachine.diagnose is not there yet")
