@@ -495,6 +495,8 @@ class Run:
         case = self.case
         if now.used_event == now.used_idx:
             return True  # just where it would be at rest: too late, or Linux's 0 for silence
+        if case.fault == "stops_after" and case.triggered_flag and case.layout is Layout.PACKED:
+            return True  # stopped in its handler, with its last wish more than a lap old
         off = now.used_event == 0 if case.layout is Layout.SPLIT else now.avail_flags == 1
         # Only a vector tells that it would rather be called, and an inbox may be polled.
         return off and (not case.facts or case.role is QueueRole.INBOX)
