@@ -50,13 +50,21 @@ while :; do
 done
 """
 
+# Ends by itself when the test is killed.
+HOG = """
+import os, sys, time
+while os.getppid() == int(sys.argv[1]):
+    end = time.time() + 0.3
+    while time.time() < end:
+        pass
+    time.sleep(0.2)
+"""
+
 
 @contextmanager
 def a_busy_host() -> Iterator[None]:
     """Take the host's processors away now and then, as neighbours do."""
-    hog = "import time\nwhile True:\n e = time.time() + 0.3\n while time.time() < e: pass\n"
-    hog += " time.sleep(0.2)\n"
-    hogs = [subprocess.Popen([sys.executable, "-c", hog]) for _ in range(2)]
+    hogs = [subprocess.Popen([sys.executable, "-c", HOG, str(os.getpid())]) for _ in range(2)]
     try:
         yield
     finally:
