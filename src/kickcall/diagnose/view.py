@@ -27,8 +27,8 @@ _EVENT_WAITS = frozenset(
 )
 """System calls in which an event loop with nothing to do sleeps."""
 _IDLE_WAITS = _EVENT_WAITS | frozenset(
-    {"futex", "recvmsg", "accept", "accept4", "rt_sigtimedwait", "wait4", "waitid", "pause"}
-    | {"nanosleep", "clock_nanosleep"}
+    {"futex", "read", "recvfrom", "recvmsg", "accept", "accept4", "rt_sigtimedwait", "pause"}
+    | {"wait4", "waitid", "nanosleep", "clock_nanosleep", "restart_syscall"}
 )
 """The same, and those in which threads sleep that wait for other threads or for orders."""
 

@@ -12,13 +12,16 @@ from kickcall.host.processes import comm, pids
 
 _TFD = re.compile(r"^tfd:\s*(\d+)", re.M)
 _X86_64 = (
-    "read=0 poll=7 select=23 nanosleep=35 futex=202 clock_nanosleep=230 epoll_wait=232 "
-    "pselect6=270 ppoll=271 epoll_pwait=281 io_uring_enter=426 epoll_pwait2=441"
+    "read=0 poll=7 select=23 pause=34 nanosleep=35 accept=43 recvfrom=45 recvmsg=47 wait4=61 "
+    "rt_sigtimedwait=128 futex=202 restart_syscall=219 clock_nanosleep=230 epoll_wait=232 "
+    "waitid=247 pselect6=270 ppoll=271 epoll_pwait=281 accept4=288 io_uring_enter=426 "
+    "epoll_pwait2=441"
 )
 """arch/x86/entry/syscalls/syscall_64.tbl"""
 _GENERIC = (
-    "epoll_pwait=22 read=63 pselect6=72 ppoll=73 futex=98 nanosleep=101 "
-    "clock_nanosleep=115 io_uring_enter=426 epoll_pwait2=441"
+    "epoll_pwait=22 read=63 pselect6=72 ppoll=73 waitid=95 futex=98 nanosleep=101 "
+    "clock_nanosleep=115 restart_syscall=128 rt_sigtimedwait=137 accept=202 recvfrom=207 "
+    "recvmsg=212 accept4=242 wait4=260 io_uring_enter=426 epoll_pwait2=441"
 )
 """include/uapi/asm-generic/unistd.h"""
 _TABLES = {"x86_64": _X86_64, "aarch64": _GENERIC, "riscv64": _GENERIC}
