@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 CASES = int(os.environ.get("KICKCALL_CASES", "4000"))
 SHARDS = 4
-LONGEST_S = 5.0
-"""No case may take longer, on the most loaded machine. A ring of 32,768 takes some milliseconds."""
+LONGEST_S = 2.0
+"""No case may take more of a processor. A ring of 32,768 takes some ten milliseconds."""
 
 U16 = (0, 1, 2, 3, 7, 8, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0x8007, 0xFFFE, 0xFFFF)
 SIZES = (0, 1, 2, 3, 4, 7, 8, 16, 256)
@@ -182,7 +182,7 @@ def ring_bytes(rng: random.Random, length: int) -> bytes:
     return rng.randbytes(length)
 
 
-def look_at_hostile_rings(rng: random.Random, monkey: pytest.MonkeyPatch) -> None:
+def look_at_hostile_rings(rng: random.Random) -> None:
     """vmm/observe, with memory that answers as it likes, and addresses that the guest chose."""
     layout = rng.choice(list(Layout))
     features = {"VIRTIO_F_VERSION_1"}
@@ -211,14 +211,15 @@ def look_at_hostile_rings(rng: random.Random, monkey: pytest.MonkeyPatch) -> Non
             parts.append(None if rng.random() < 0.02 else ring_bytes(rng, length))
         return parts
 
-    monkey.setattr(memory, "read_many", read_many)
     session = SimpleNamespace(
         memory=RAM,
         has_iommu=False,
         process=SimpleNamespace(pid=42),
         position_ranges=lambda device, queue: position,
     )
-    view = ring_view(cast("Any", session), cast("Any", SimpleNamespace(device=device)), queue)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "read_many", read_many)
+        view = ring_view(cast("Any", session), cast("Any", SimpleNamespace(device=device)), queue)
     for value in (view.avail_idx, view.used_idx, view.used_event, view.avail_event):
         assert value is None or 0 <= value <= 0xFFFF
     assert view.outstanding is None or view.outstanding <= 0xFFFF
@@ -251,20 +252,19 @@ def translate_hostile_addresses(rng: random.Random) -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_no_ring_that_a_guest_writes_harms_who_looks_at_it(
-    shard: int, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+    shard: int, record_property: Callable[[str, object], None]
 ) -> None:
-    slowest = 0.0
-    started = at = time.perf_counter()
+    slowest, started, at = 0.0, time.perf_counter(), time.process_time()
     for number in range(shard, CASES, SHARDS):
         rng = random.Random(number)
         try:
             judge_hostile_samples(rng)
             ask_hostile_rings(rng)
-            look_at_hostile_rings(rng, monkeypatch)
+            look_at_hostile_rings(rng)
             translate_hostile_addresses(rng)
         except Exception as exc:
             raise AssertionError(f"case {number}") from exc
-        now = time.perf_counter()
+        now = time.process_time()
         slowest, at = max(slowest, now - at), now
     assert slowest < LONGEST_S
-    record_property("cases_per_s", round(CASES / SHARDS / (at - started)))
+    record_property("cases_per_s", round(CASES / SHARDS / (time.perf_counter() - started)))
