@@ -29,8 +29,8 @@ _HEAD = """\
 <!-- Written by scripts/draw_rules.py from src/kickcall/diagnose/: do not edit. -->
 
 A verdict is the first row of this table that holds. Sections are those of the virtio specification
-1.4, where no other source is named. The words in the conditions are [questions](#the-questions) that
-are asked of what was seen of the queue.
+1.4, where no other source is named. The words in the conditions are [questions](#the-questions)
+that are asked of what was seen of the queue.
 
 A *notification* that was owed has half a second to be noticed. A *device* has five seconds for work
 that it may have in hand, and a driver whose virtual CPU is busy has the same: slow is not stuck.

@@ -80,6 +80,8 @@ class Case:
     """How likely a virtual CPU is found running."""
     barrier: str
     interval: tuple[float, float]
+    spies: bool
+    """It is looked at right when something was written, too."""
     plan: list[tuple[float, int]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
 
@@ -162,6 +164,7 @@ def make_case(rng: random.Random, fault: str = "") -> Case:
         busy_guest=rng.choice((0.0, 0.0, 0.1, 1.0)),
         barrier=rng.choice(("vector", "function", "bus master")),
         interval=rng.choice(((0.03, 0.25), (0.1, 0.2), (0.15, 0.3))),
+        spies=rng.random() < 0.5,
         plan=[
             (rng.random() * gap, rng.choice((1, 1, 1, 2, 3))) for _ in range(rng.randrange(1, 5))
         ],
@@ -229,7 +232,9 @@ class Run:
         device.actor = world.spawn(device.run())
         device.completer = world.spawn(device.run_completer())
         device.pump = world.spawn(device.run_pump())
-        world.spawn(self._watch())
+        watcher = world.spawn(self._watch())
+        if self.case.spies:
+            world.spy = watcher
         quiet = 0
         while not self.wrong and quiet < 2:  # one look may come between a publication and its kick
             world.run(world.now + 0.2)
@@ -259,7 +264,7 @@ class Run:
         while True:
             yield from self._look()
             yield from self._judge(careful=rng.random() < 0.2)
-            yield shortest + (longest - shortest) * rng.random()
+            yield -(shortest + (longest - shortest) * rng.random())
 
     def _look(self) -> Steps:
         sample = yield from self._sample(self.world.now)

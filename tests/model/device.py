@@ -209,6 +209,7 @@ class Device:
             return False
         at = self.fetched
         self.fetched += length
+        self.world.happened()
         if self.ring.event_idx and self.arm_at_pop:
             self.ring.set_avail_event(self.fetched)
         yield world.tick()
@@ -246,6 +247,7 @@ class Device:
 
     def _complete(self, at: int, length: int) -> Steps:
         self.ring.complete(at, length)
+        self.world.happened()
         yield self.world.tick()
         self.used = at + length
         old, new = self.signalled, self.used

@@ -155,6 +155,7 @@ class Driver:
             self.ring.publish(self.published, length)
             self.chains.append((self.published, length))
             self.published += length
+            self.world.happened()
             yield self.world.tick()
         wanted = self.ring.kick_wanted(self.published, old)
         yield self.world.tick()

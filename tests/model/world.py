@@ -44,6 +44,8 @@ class World:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.now = 0.0
+        self.spy: Actor | None = None
+        """Who likes to look when something has just happened."""
         self._heap: list[tuple[float, int, int, Actor]] = []
         self._order = 0
 
@@ -63,6 +65,11 @@ class World:
         if actor is not None and actor.sleeping:
             actor.sleeping = False
             self._push(actor, self.now + self.tick())
+
+    def happened(self) -> None:
+        """Tell that something was written that is worth a look right now."""
+        if self.spy is not None and self.rng.random() < 0.3:
+            self.wake(self.spy)
 
     def run(self, until: float) -> None:
         """Let everybody act until `until`."""
