@@ -140,6 +140,7 @@ FAULTS = _by_name(
             "bus-master-off",
             "the device may neither reach guest memory nor send MSI-X messages",
             machine.bus_master_off,
+            machine.cannot_be_no_bus_master,
             undone_by="reboot",
         ),
         Fault(
