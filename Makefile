@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 SOURCES := src tests $(if $(wildcard bench/*.py),bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint docs bench setup clean
+.PHONY: help demo test matrix check lint docs bench setup clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +19,11 @@ demo: ## lose a kick and a call on a real guest, and repair both
 test: ## everything: lint, types, unit tests, tests on real QEMU
 	@$(SETUP) dev lab rigs
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest tests/unit tests/rig $(PYTEST_ARGS)
+	$(PY) -m pytest tests/unit tests/rig --ignore tests/rig/test_fault_matrix.py $(PYTEST_ARGS)
+
+matrix: ## every fault on every device and layout, and what diagnose says of it (10 minutes)
+	@$(SETUP) dev lab rigs
+	$(PY) -m pytest tests/rig/test_fault_matrix.py $(PYTEST_ARGS)
 
 check: ## what fits in a minute: lint, types, unit tests
 	@$(SETUP) dev

@@ -178,20 +178,27 @@ def _on_the_wall(verdict: Verdict, offset: float) -> Verdict:
 
 def _not_watched(session: VmmSession, device: MappedDevice) -> Verdict:
     """Return what can be said of a device that has no queue to watch."""
-    running = session.running
-    kind = VerdictKind.VM_NOT_RUNNING
-    if running:
-        ready = device.device.driver_ok
-        kind = VerdictKind.UNKNOWN if ready else VerdictKind.DEVICE_NOT_READY
+    info = device.device
     why = device.refusal or "the driver has set none of its queues up"
+    kind, hop, remedy = VerdictKind.UNKNOWN, 0, "Nothing."
+    if not session.running:
+        kind = VerdictKind.VM_NOT_RUNNING
+    elif not info.driver_ok:
+        kind = VerdictKind.DEVICE_NOT_READY
+    elif info.kind.startswith("vhost-user") and not info.vhost_started:
+        # QEMU stops vhost when the socket to the back-end is closed (hw/virtio/vhost-user-base.c
+        # and its kin, the chardev's CLOSED event).
+        kind, hop = VerdictKind.BACKEND_GONE, 4
+        why = "the driver has set the device up, and QEMU has no back-end for it"
+        remedy = "Restart the back-end and let QEMU reconnect to it, or reset the device."
     return Verdict(
         device=device.device.path,
         queue=0,
         verdict=kind,
-        hop=0,
+        hop=hop,
         since_s=0.0,
         evidence=(Evidence("because", why, time.monotonic()),),
-        remedy="Nothing.",
+        remedy=remedy,
     )
 
 

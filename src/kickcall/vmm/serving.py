@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from kickcall.diagnose.states import BackendThread, ThreadState
@@ -28,6 +29,8 @@ _STATES = {
     "": ThreadState.GONE,
 }
 """All other letters are ways to sleep."""
+_SETTLE_LOOKS = 5
+_SETTLE_S = 0.002
 _OURSELVES = "kickcall"
 """What a kickcall is called that holds duplicates of notifiers: it serves nothing."""
 
@@ -141,7 +144,18 @@ def serving(
 
 
 def _looked_at(pid: int, tids: Iterable[int]) -> tuple[BackendThread, ...]:
-    return _as_backend(threads.thread(pid, tid) for tid in tids)
+    """Return what the threads do; one that runs only because we asked is given time to finish.
+
+    QEMU's main loop answers the monitor, and wakes the processors' threads for some answers.
+    """
+    found = {tid: threads.thread(pid, tid) for tid in tids}
+    for _ in range(_SETTLE_LOOKS):
+        runs = [tid for tid, one in found.items() if one.state == "R"]
+        if not runs:
+            break
+        time.sleep(_SETTLE_S)
+        found.update((tid, threads.thread(pid, tid)) for tid in runs)
+    return _as_backend(found.values())
 
 
 def _as_backend(found: Iterable[Thread]) -> tuple[BackendThread, ...]:
