@@ -139,6 +139,7 @@ def test_show_tells_where_a_lost_kick_left_the_queue(zoo: LabMachine) -> None:
         "machine",
         "device",
         "queue",
+        "layout",
         "event",
         "via",
         "eventfd_id",
