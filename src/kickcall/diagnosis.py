@@ -10,10 +10,10 @@ from kickcall.devices.base import device_class
 from kickcall.diagnose.judge import judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.states import Thresholds
 from kickcall.diagnose.track import advance, forgive, start
-from kickcall.errors import KickcallError
+from kickcall.errors import KickcallError, MonitorError
 from kickcall.model import Confidence, DeviceEvent, Evidence, Verdict, VerdictKind
 from kickcall.vmm.sampler import FINE_S, Sampler, next_interval
-from kickcall.vmm.slow_facts import slow_facts
+from kickcall.vmm.slow_facts import facts_unasked, slow_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -152,9 +152,14 @@ def _look_closely(session: VmmSession, watch: Watch, limits: Thresholds) -> list
         if looks_bad or wants_slow_facts(verdict) or not session.running
     ]
     if suspects:
-        with session.borrow() as monitor:
+        try:
+            with session.borrow() as monitor:
+                for number in suspects:
+                    slow[number] = watch.slow_facts(session, number, monitor)
+        except MonitorError:
+            # A main loop that hangs answers nobody, and may be what is to be found.
             for number in suspects:
-                slow[number] = watch.slow_facts(session, number, monitor)
+                slow.setdefault(number, facts_unasked(session, watch.sampler.devices[number]))
         watch.look_after(0.0)
     return [
         _Watched(mapped, fixed, track, slow.get(number))

@@ -84,7 +84,8 @@ def interrupt_path(
     else:
         bus_master = _bus_master_by_view(views, _pci_type(monitor, mapped))
     return InterruptPath(
-        msix_enabled=None if msix is None else bool(msix & _MSIX_ENABLE),
+        # A configuration space that can be read and has no such capability has no MSI-X to enable.
+        msix_enabled=None if command is None else bool((msix or 0) & _MSIX_ENABLE),
         function_masked=None if msix is None else bool(msix & _MSIX_MASKALL),
         vector=vector,
         vector_masked=masked,

@@ -41,6 +41,11 @@ def vcpu_threads(monitor: Monitor, pid: int) -> tuple[BackendThread, ...]:
     return _looked_at(pid, sorted({int(cpu["thread-id"]) for cpu in answer}))
 
 
+def main_loop(pid: int) -> tuple[BackendThread, ...]:
+    """Return QEMU's main thread, which serves every device without an iothread."""
+    return _looked_at(pid, [pid])
+
+
 def iothread(monitor: Monitor, mapped: MappedDevice, queue: int) -> str | None:
     """Return the id of the iothread that serves a queue; None where it is the main loop.
 
@@ -71,7 +76,7 @@ def qemu_threads(
     """Return the thread of QEMU that reads the queue's kicks: an iothread, or the main loop's."""
     name = iothread(monitor, mapped, queue)
     if name is None:
-        return _looked_at(pid, [pid])
+        return main_loop(pid)
     for entry in monitor.execute("query-iothreads"):
         if entry["id"] == name:
             return _looked_at(pid, [int(entry["thread-id"])])

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from kickcall.diagnose.states import SlowFacts
 from kickcall.errors import QmpCommandError
+from kickcall.model import BackendKind
 from kickcall.vmm.interrupts import interrupt_path
-from kickcall.vmm.serving import Holders, serving, vcpu_threads
+from kickcall.vmm.serving import Holders, main_loop, serving, vcpu_threads
 
 if TYPE_CHECKING:
     from kickcall.vmm.monitor import Monitor
@@ -54,6 +55,20 @@ def slow_facts(
         vector_pending=interrupts.vector_pending,
         bus_master=interrupts.bus_master,
         intx_disabled=interrupts.intx_disabled,
+    )
+
+
+def facts_unasked(session: VmmSession, mapped: MappedDevice) -> SlowFacts:
+    """Return what /proc alone tells, for a machine whose monitor does not answer.
+
+    Which iothread serves a device only the monitor tells; a main loop that hangs explains a device
+    of its own, and the silence of the monitor, too.
+    """
+    session.process.check_alive()
+    of_qemu = mapped.device.backend is BackendKind.QEMU
+    return SlowFacts(
+        at=time.monotonic(),
+        backend_threads=main_loop(session.process.pid) if of_qemu else (),
     )
 
 
