@@ -18,14 +18,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def start_time(pid: int) -> int | None:
     """Return when `pid` started, in clock ticks since boot, or None where there is no such process.
 
-    Field 22 of /proc/PID/stat (proc(5)); together with the pid it names one process for good.
+    A zombie is none: its memory and its files are gone. Field 22 of /proc/PID/stat (proc(5));
+    together with the pid it names one process for good.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     # The second field is the command's name in parentheses and may hold any byte, `)` included.
-    return int(stat.rpartition(")")[2].split()[19])
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in ("Z", "X") else int(fields[18])
 
 
 def comm(pid: int) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from kickcall.errors import KickcallError
+from kickcall.host import processes
 
 _ROOT: Final = 0
 _MAX_NOTE: Final = 64 << 10
@@ -37,18 +38,6 @@ def runtime_folder() -> Path:
 
 def _is_trusted(status: os.stat_result) -> bool:
     return status.st_uid in (_ROOT, os.geteuid()) and not status.st_mode & 0o022
-
-
-def _start_time(pid: int) -> int | None:
-    """Return field 22 of /proc/PID/stat (proc(5)), or None where there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    # The command name may hold blanks and parentheses; it ends with the last ")".
-    fields = text[text.rindex(b")") + 2 :].split()
-    # A zombie is dead for every purpose here: its sockets are closed.
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def _note(folder: Path, pid: int, start_time: int) -> Path:
@@ -73,7 +62,7 @@ def advertise(pid: int, start_time: int, listen: str, upstream: str) -> None:
     note = {
         "listen": str(Path(listen).absolute()),
         "server_pid": server_pid,
-        "server_start_time": _start_time(server_pid),
+        "server_start_time": processes.start_time(server_pid),
         "upstream": upstream,
     }
     # Renamed into place, so that no reader finds half a note.
@@ -128,7 +117,7 @@ def machine_served_at(path: str) -> int | None:
             pid, _, started = name.stem.partition("-")
             if not (pid.isdecimal() and started.isdecimal()):
                 continue
-            if os.path.samestat(wanted, listens) and _start_time(int(pid)) == int(started):
+            if os.path.samestat(wanted, listens) and processes.start_time(int(pid)) == int(started):
                 return int(pid)
     return None
 
@@ -149,7 +138,11 @@ def sweep(folder: Path) -> None:
 
 def _is_alive(note: dict[str, object]) -> bool:
     pid, start_time = note.get("server_pid"), note.get("server_start_time")
-    return isinstance(pid, int) and isinstance(start_time, int) and _start_time(pid) == start_time
+    return (
+        isinstance(pid, int)
+        and isinstance(start_time, int)
+        and processes.start_time(pid) == start_time
+    )
 
 
 def _read(path: Path) -> dict[str, object] | None:
