@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,8 +50,8 @@ class Buffer(NamedTuple):
 
 
 @dataclass(slots=True)
-class SplitQueue:
-    """A split virtqueue that was set up: its rings' addresses, and the driver's position."""
+class _Queue(ABC):
+    """What a virtqueue that was set up is and does in either layout."""
 
     qtest: Qtest
     index: int
@@ -63,6 +64,43 @@ class SplitQueue:
     landing: int
     """Where the queue's MSI lands; 0 without MSI-X."""
     kind: str = ""
+
+    @abstractmethod
+    def publish(self, buffers: list[Buffer]) -> None:
+        """Make one request available."""
+
+    @abstractmethod
+    def completed(self) -> int:
+        """Return how many requests the device has completed."""
+
+    def publish_request(self) -> None:
+        """Make a harmless request of the device's own kind available."""
+        self.publish(request_buffers(self.qtest, self.kind))
+
+    def kick(self) -> None:
+        """Write the doorbell."""
+        self.qtest.batch([f"writew {self.notify:#x} {self.index:#x}"])
+
+    def called(self) -> bool:
+        """Return whether the queue's interrupt came since the last look."""
+        return bool(self.landing) and landed(self.qtest, self.landing)
+
+    def wait_completed(self, count: int, timeout: float = 5.0) -> None:
+        """Return when `count` requests have completed. Raises LabError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.completed() < count:
+            if time.monotonic() > deadline:
+                raise LabError(
+                    f"queue {self.index} completed {self.completed()} of {count} requests "
+                    f"in {timeout:g} s"
+                )
+            time.sleep(0.001)
+
+
+@dataclass(slots=True)
+class SplitQueue(_Queue):
+    """A split virtqueue that was set up: its rings' addresses, and the driver's position."""
+
     avail_idx: int = 0
 
     def publish(self, buffers: list[Buffer]) -> None:
@@ -95,39 +133,14 @@ class SplitQueue:
         """Say after which used index the driver wants a call (RING_EVENT_IDX)."""
         self.qtest.batch([f"writew {self.avail + 4 + 2 * self.size:#x} {value:#x}"])
 
-    def publish_request(self) -> None:
-        """Make a harmless request of the device's own kind available."""
-        self.publish(request_buffers(self.qtest, self.kind))
-
-    def kick(self) -> None:
-        """Write the doorbell."""
-        self.qtest.batch([f"writew {self.notify:#x} {self.index:#x}"])
-
-    def called(self) -> bool:
-        """Return whether the queue's interrupt came since the last look."""
-        return bool(self.landing) and landed(self.qtest, self.landing)
-
-    def wait_completed(self, count: int, timeout: float = 5.0) -> None:
-        """Return when `count` requests have completed. Raises LabError after `timeout` seconds."""
-        _wait_completed(self, count, timeout)
-
 
 @dataclass(slots=True)
-class PackedQueue:
+class PackedQueue(_Queue):
     """A packed virtqueue that was set up.
 
     `avail` is the driver's event suppression area, `used` the device's.
     """
 
-    qtest: Qtest
-    index: int
-    size: int
-    desc: int
-    avail: int
-    used: int
-    notify: int
-    landing: int
-    kind: str = ""
     position: int = 0
     """Offset in the ring where the driver writes next."""
     wrap: int = 1
@@ -168,22 +181,6 @@ class PackedQueue:
             self._in_flight.pop(0)
             self._completed += 1
         return self._completed
-
-    def publish_request(self) -> None:
-        """Make a harmless request of the device's own kind available."""
-        self.publish(request_buffers(self.qtest, self.kind))
-
-    def kick(self) -> None:
-        """Write the doorbell."""
-        self.qtest.batch([f"writew {self.notify:#x} {self.index:#x}"])
-
-    def called(self) -> bool:
-        """Return whether the queue's interrupt came since the last look."""
-        return bool(self.landing) and landed(self.qtest, self.landing)
-
-    def wait_completed(self, count: int, timeout: float = 5.0) -> None:
-        """Return when `count` requests have completed. Raises LabError after `timeout` seconds."""
-        _wait_completed(self, count, timeout)
 
 
 class VirtioPciDriver:
@@ -349,14 +346,3 @@ def request_buffers(qtest: Qtest, kind: str) -> list[Buffer]:
 def write_command(address: int, data: bytes) -> str:
     """Return the qtest command that writes guest-physical memory."""
     return f"write {address:#x} {len(data):#x} 0x{data.hex()}"
-
-
-def _wait_completed(queue: SplitQueue | PackedQueue, count: int, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while queue.completed() < count:
-        if time.monotonic() > deadline:
-            raise LabError(
-                f"queue {queue.index} completed {queue.completed()} of {count} requests "
-                f"in {timeout:g} s"
-            )
-        time.sleep(0.001)
