@@ -13,6 +13,7 @@ from kickcall.diagnose.track import advance, forgive, start
 from kickcall.errors import KickcallError, MonitorError
 from kickcall.model import Confidence, DeviceEvent, Evidence, Verdict, VerdictKind
 from kickcall.vmm.sampler import FINE_S, Sampler, next_interval
+from kickcall.vmm.serving import Holders
 from kickcall.vmm.slow_facts import facts_unasked, slow_facts
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Watch:
         self.sampler = sampler
         self.tracks = [start(sample) for sample in sampler.sample()]
         self._looked = time.monotonic()
+        self._holders = Holders()
 
     def look_after(self, interval_s: float) -> None:
         """Sleep for `interval_s` seconds and look.
@@ -110,7 +112,8 @@ class Watch:
     def slow_facts(self, session: VmmSession, number: int, monitor: Monitor) -> SlowFacts:
         """Return what is looked up only for a queue that looks stalled."""
         queue = self.sampler.queues[number].queue
-        return slow_facts(session, self.sampler.devices[number], queue, monitor)
+        mapped = self.sampler.devices[number]
+        return slow_facts(session, mapped, queue, monitor, holders=self._holders)
 
     def judged(self, limits: Thresholds) -> Iterator[tuple[int, Verdict, bool]]:
         """Yield each queue's number, its verdict by the rings alone, and whether it waits."""
