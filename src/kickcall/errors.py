@@ -85,5 +85,9 @@ class CounterFullError(KickcallError):
     """The eventfd's count is at its maximum: a write would block, so none was made."""
 
 
+class KernelViewError(KickcallError):
+    """The kernel's own structures could not be read; the message says what is missing for it."""
+
+
 class LabError(KickcallError):
     """A lab machine could not be built, booted or asked; the message names what is missing."""
