@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kickcall.cli import lab_host
 from kickcall.cli.arguments import JsonOption
 from kickcall.cli.output import print_json, print_table
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Boot real virtual machines, run commands in their guests, and lose their notifications.",
 )
+app.add_typer(lab_host.app, name="host")
 
 _DEFAULT_DEVICES = ("virtio-blk", "virtio-scsi", "virtio-net", "vhost-user-blk")
 

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from kickcall.errors import LabError
 from kickcall.lab import cpio
 from kickcall.lab.cache import built, log_progress
 from kickcall.lab.modules import load_order
-from kickcall.lab.packages import distribution, unpacked_busybox, unpacked_kernel
+from kickcall.lab.packages import (
+    busybox_program,
+    distribution,
+    kernel_files,
+    unpacked_busybox,
+    unpacked_kernel,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from kickcall.lab.cache import Tell
@@ -48,44 +54,47 @@ def guest_image(tell: Tell = log_progress) -> GuestImage:
 
     To have it built from a newer kernel package, delete the cache folder.
     """
-    scripts = {name: _script(name) for name in ("init", "agent")}
+    scripts = {name: script(name) for name in ("init", "agent")}
     recipe = hashlib.sha256(repr((MODULES, _FOLDERS, sorted(scripts.items()))).encode())
     name = f"guest-{distribution().id}-{recipe.hexdigest()[:12]}"
     folder = built(name, lambda unfinished: _build(unfinished, scripts, tell))
     return GuestImage(folder / "vmlinuz", folder / "initramfs")
 
 
-def _script(name: str) -> bytes:
+def script(name: str) -> bytes:
+    """Return one of the shell scripts that run in what the lab boots."""
     return resources.files("kickcall.lab").joinpath("guest_files", name).read_bytes()
 
 
 def _build(folder: Path, scripts: dict[str, bytes], tell: Tell) -> None:
     kernel, busybox = unpacked_kernel(tell), unpacked_busybox(tell)
     tell("building the guest's initramfs")
-    vmlinuz = sorted((kernel / "boot").glob("vmlinuz-*"))
-    # usr/lib first: Debian 13 and Ubuntu 24.04 have moved there.
-    trees = [
-        tree
-        for lib in ("usr/lib/modules", "lib/modules")
-        for tree in sorted((kernel / lib).glob("*"))
-    ]
-    programs = [path for path in sorted(busybox.rglob("bin/busybox")) if path.is_file()]
-    if not (vmlinuz and trees and programs):
-        raise LabError(
-            f"the downloaded packages hold no kernel, modules or busybox where expected: "
-            f"delete {kernel} and {busybox}, then run apt-get update and try again"
-        )
+    vmlinuz, tree = kernel_files(kernel)
     entries = [cpio.folder(name) for name in (*_FOLDERS, "modules")]
-    entries.append(cpio.file("bin/busybox", programs[0].read_bytes(), 0o755))
-    listed = subprocess.run([programs[0], "--list"], check=True, capture_output=True, text=True)
-    entries.extend(
-        cpio.link(f"bin/{applet}", "busybox")
-        for applet in listed.stdout.split()
-        if applet != "busybox"
-    )
-    modules = load_order(trees[0], MODULES)
-    entries.extend(cpio.file(f"modules/{name}.ko", elf) for name, elf in modules.items())
-    entries.append(cpio.file("modules/order", "".join(f"{name}\n" for name in modules).encode()))
+    entries += busybox_entries(busybox_program(busybox))
+    entries += module_entries(tree, MODULES)
     entries.extend(cpio.file(name, content, 0o755) for name, content in scripts.items())
     (folder / "initramfs").write_bytes(cpio.archive(entries))
-    (folder / "vmlinuz").write_bytes(vmlinuz[-1].read_bytes())
+    (folder / "vmlinuz").write_bytes(vmlinuz.read_bytes())
+
+
+def busybox_entries(program: Path) -> list[cpio.Entry]:
+    """Return busybox and a link for each of its commands, in bin."""
+    listed = subprocess.run([program, "--list"], check=True, capture_output=True, text=True)
+    return [
+        cpio.file("bin/busybox", program.read_bytes(), 0o755),
+        *(
+            cpio.link(f"bin/{applet}", "busybox")
+            for applet in listed.stdout.split()
+            if applet != "busybox"
+        ),
+    ]
+
+
+def module_entries(tree: Path, wanted: Iterable[str]) -> list[cpio.Entry]:
+    """Return the modules and what they depend on, and their names in the order of insertion."""
+    modules = load_order(tree, wanted)
+    return [
+        *(cpio.file(f"modules/{name}.ko", elf) for name, elf in modules.items()),
+        cpio.file("modules/order", "".join(f"{name}\n" for name in modules).encode()),
+    ]

@@ -28,16 +28,34 @@ class Distribution:
     """What the lab must know of a Debian relative to take a kernel from its archive."""
 
     id: str
-    kernel_meta: str
+    kernel: Kernel
+    """What guests run: small."""
+    host_kernel: Kernel
+    """What a KVM host runs: with 9p, which the small one lacks, beside KVM and vhost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel in an archive."""
+
+    meta: str
     """A package without files whose dependencies name today's kernel."""
-    kernel_part: str
+    part: str
     """Which of the dependencies, and of theirs, are the kernel and its modules."""
 
 
 # Ubuntu splits the kernel: linux-image-*-generic has vmlinuz and depends on linux-modules-*.
 DISTRIBUTIONS = {
-    "debian": Distribution("debian", "linux-image-cloud-amd64", r"linux-image-\d\S*-cloud-amd64"),
-    "ubuntu": Distribution("ubuntu", "linux-image-virtual", r"linux-(image|modules)-\d\S*-generic"),
+    "debian": Distribution(
+        "debian",
+        Kernel("linux-image-cloud-amd64", r"linux-image-\d\S*-cloud-amd64"),
+        Kernel("linux-image-amd64", r"linux-image-\d\S*-amd64"),
+    ),
+    "ubuntu": Distribution(
+        "ubuntu",
+        Kernel("linux-image-virtual", r"linux-(image|modules)-\d\S*-generic"),
+        Kernel("linux-image-generic", r"linux-(image|modules|modules-extra)-\d\S*-generic"),
+    ),
 }
 
 
@@ -59,7 +77,41 @@ def distribution() -> Distribution:
 def unpacked_kernel(tell: Tell) -> Path:
     """Return a folder that holds boot/vmlinuz-* and lib/modules/*, from the cache or the net."""
     source = distribution()
-    return built(f"kernel-{source.id}", lambda folder: _unpack_kernel(source, folder, tell))
+    return built(f"kernel-{source.id}", lambda folder: _unpack_kernel(source.kernel, folder, tell))
+
+
+def unpacked_host_kernel(tell: Tell) -> Path:
+    """Return the same of the kernel that a KVM host runs; modprobe finds its modules."""
+    source = distribution()
+    return built(f"host-kernel-{source.id}", lambda folder: _unpack_host_kernel(folder, tell))
+
+
+def kernel_files(kernel: Path) -> tuple[Path, Path]:
+    """Return the vmlinuz and the modules' folder of an unpacked kernel."""
+    vmlinuz = sorted((kernel / "boot").glob("vmlinuz-*"))
+    # usr/lib first: Debian 13 and Ubuntu 24.04 have moved there.
+    trees = [
+        tree
+        for lib in ("usr/lib/modules", "lib/modules")
+        for tree in sorted((kernel / lib).glob("*"))
+    ]
+    if not (vmlinuz and trees):
+        raise LabError(
+            "the downloaded package holds no kernel or no modules where expected: "
+            f"delete {kernel}, then run apt-get update and try again"
+        )
+    return vmlinuz[-1], trees[0]
+
+
+def busybox_program(busybox: Path) -> Path:
+    """Return the program in an unpacked busybox package."""
+    for path in sorted(busybox.rglob("bin/busybox")):
+        if path.is_file():
+            return path
+    raise LabError(
+        "the downloaded package holds no busybox where expected: "
+        f"delete {busybox}, then run apt-get update and try again"
+    )
 
 
 def unpacked_busybox(tell: Tell) -> Path:
@@ -87,22 +139,30 @@ def download_unpacked(packages: Iterable[str], folder: Path, tell: Tell) -> None
             run_tool([dpkg, "-x", package, folder], doing=f"unpacking {package.name}")
 
 
-def _unpack_kernel(source: Distribution, folder: Path, tell: Tell) -> None:
-    packages = _kernel_packages(source)
+def _unpack_kernel(kernel: Kernel, folder: Path, tell: Tell) -> None:
+    packages = _kernel_packages(kernel)
     if not packages:
-        raise LabError(
-            f"apt knows no kernel behind the package {source.kernel_meta}: apt-get update"
-        )
+        raise LabError(f"apt knows no kernel behind the package {kernel.meta}: apt-get update")
     download_unpacked(packages, folder, tell)
 
 
-def _kernel_packages(source: Distribution) -> list[str]:
+def _unpack_host_kernel(folder: Path, tell: Tell) -> None:
+    busybox = busybox_program(unpacked_busybox(tell))
+    _unpack_kernel(distribution().host_kernel, folder, tell)
+    version = kernel_files(folder)[1].name
+    # depmod looks in lib/modules alone.
+    if not (folder / "lib").exists():
+        (folder / "lib").symlink_to("usr/lib")
+    run_tool([busybox, "depmod", "-b", folder, version], doing=f"listing the modules of {version}")
+
+
+def _kernel_packages(kernel: Kernel) -> list[str]:
     """Follow the meta package's dependencies to the packages that hold the kernel."""
     found: list[str] = []
-    to_ask = [source.kernel_meta]
+    to_ask = [kernel.meta]
     while to_ask:
         for dependency in _dependencies(to_ask.pop()):
-            if re.fullmatch(source.kernel_part, dependency) and dependency not in found:
+            if re.fullmatch(kernel.part, dependency) and dependency not in found:
                 found.append(dependency)
                 to_ask.append(dependency)
     return found
