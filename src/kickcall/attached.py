@@ -47,8 +47,8 @@ def attach(
         else:
             ours = machine_served_at(path) is not None
         paths = [path] if path is not None else [address.path for address in machine.monitors]
-        monitor = borrow(paths, timeout)
-    return AttachedMachine(VmmSession(machine, monitor, monitor_is_ours=ours))
+        monitor = borrow(paths)
+    return AttachedMachine(VmmSession(machine, monitor, monitor_is_ours=ours, timeout=timeout))
 
 
 class AttachedMachine:

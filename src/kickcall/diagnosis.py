@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kickcall.devices.base import device_class
-from kickcall.diagnose.judge import judge, looks_stalled, wants_slow_facts
+from kickcall.diagnose.judge import is_undecided, judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.states import Thresholds
 from kickcall.diagnose.track import advance, forgive, start
+from kickcall.diagnose.view import View
 from kickcall.errors import KickcallError, MonitorError
 from kickcall.model import Confidence, DeviceEvent, Evidence, Verdict, VerdictKind
 from kickcall.vmm.sampler import FINE_S, Sampler, next_interval
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 _MARGIN_S = 0.2
 """Watched on after a threshold, so that a queue that reaches it is seen to."""
+_AGAIN_S = 0.1
+"""Watched on while a queue stands still, before its slow facts are read again."""
+_MONITOR_S = 0.4
+"""Waited for a monitor while a verdict waits: one that is free greets at once, and one that is not
+may be the main loop that is to be found."""
 _PUNCTUAL_S = 0.1
 """How much later than planned a look may come before it counts as late."""
 _PROBE_S = 1.0
@@ -66,12 +72,14 @@ def diagnose(
         until = started + duration_s
         latest = until + limits.device_s + _MARGIN_S
         while True:
-            _watch(watch, until, latest, limits)
+            _watch(watch, until, limits)
             watched = _look_closely(session, watch, limits)
-            if time.monotonic() >= latest or not any(_undecided(one, limits) for one in watched):
+            undecided = [
+                one for one in watched if is_undecided(one.fixed, one.track, one.slow, limits)
+            ]
+            if time.monotonic() >= latest or not undecided:
                 break
-            # By the rings it is a stall; by the threads somebody may yet get to it.
-            until = time.monotonic() + limits.notification_s
+            until = time.monotonic() + _AGAIN_S
     # Evidence carries the time of day, samples a clock that never jumps.
     offset = time.time() - time.monotonic()
     verdicts = []
@@ -115,6 +123,10 @@ class Watch:
         mapped = self.sampler.devices[number]
         return slow_facts(session, mapped, queue, monitor, holders=self._holders)
 
+    def undecided(self, number: int, limits: Thresholds) -> bool:
+        """Tell whether a queue stands still, by the rings alone, and is not called stalled yet."""
+        return is_undecided(self.sampler.queues[number], self.tracks[number], None, limits)
+
     def judged(self, limits: Thresholds) -> Iterator[tuple[int, Verdict, bool]]:
         """Yield each queue's number, its verdict by the rings alone, and whether it waits."""
         for number, (fixed, track) in enumerate(zip(self.sampler.queues, self.tracks, strict=True)):
@@ -122,25 +134,13 @@ class Watch:
             yield number, verdict, looks_stalled(fixed, track, limits)
 
 
-def _undecided(one: _Watched, limits: Thresholds) -> bool:
-    """Tell whether a queue looks stalled and may be called so later."""
-    verdict = judge(one.fixed, one.track, one.slow, limits).verdict
-    return verdict is VerdictKind.PROGRESSING and looks_stalled(one.fixed, one.track, limits)
-
-
-def _watch(watch: Watch, until: float, latest: float, limits: Thresholds) -> None:
-    """Sample until `until`, and on to `latest` while a queue waits for its threshold."""
+def _watch(watch: Watch, until: float, limits: Thresholds) -> None:
+    """Sample until `until`, often while a queue looks stalled."""
     interval = FINE_S
-    while True:
-        waits = undecided = False
-        for _, verdict, looks_bad in watch.judged(limits):
-            waits = waits or looks_bad
-            undecided = undecided or (looks_bad and not verdict.verdict.stalled)
-        now = time.monotonic()
-        if now >= latest or (now >= until and not undecided):
-            break
+    while (left := until - time.monotonic()) > 0:
+        waits = any(looks_bad for _, _, looks_bad in watch.judged(limits))
         interval = next_interval(waits, interval)
-        watch.look_after(min(interval, max(until - now, FINE_S)))
+        watch.look_after(min(interval, left))
 
 
 def _look_closely(session: VmmSession, watch: Watch, limits: Thresholds) -> list[_Watched]:
@@ -151,12 +151,12 @@ def _look_closely(session: VmmSession, watch: Watch, limits: Thresholds) -> list
     slow: dict[int, SlowFacts] = {}
     suspects = [
         number
-        for number, verdict, looks_bad in watch.judged(limits)
-        if looks_bad or wants_slow_facts(verdict) or not session.running
+        for number, verdict, _ in watch.judged(limits)
+        if wants_slow_facts(verdict) or watch.undecided(number, limits) or not session.running
     ]
     if suspects:
         try:
-            with session.borrow() as monitor:
+            with session.borrow(_MONITOR_S) as monitor:
                 for number in suspects:
                     slow[number] = watch.slow_facts(session, number, monitor)
         except MonitorError:
@@ -238,7 +238,8 @@ def _probe(
             track = advance(track, sample, one.fixed)
     if track.moved_at > before.at:
         took = f"{(track.moved_at - injected) * 1000:.0f} ms"
-        return _confirmed(_with_evidence(verdict, "progress after the injection", took))
+        calls_off = View(one.fixed, one.track, one.slow, Thresholds()).calls_off
+        return _confirmed(_with_evidence(verdict, "progress after the injection", took), calls_off)
     if verdict.event is DeviceEvent.CALL and not one.fixed.event_idx:
         # The driver may have reaped and have nothing more to ask for: that cannot be seen.
         return _with_evidence(verdict, "progress after the injection", "none that could be seen")
@@ -254,15 +255,16 @@ def _with_evidence(verdict: Verdict, what: str, value: str) -> Verdict:
     return replace(verdict, evidence=(*verdict.evidence, Evidence(what, value, time.monotonic())))
 
 
-def _confirmed(verdict: Verdict) -> Verdict:
+def _confirmed(verdict: Verdict, calls_off: bool) -> Verdict:
     """Return the verdict as certain; one that was not known is by now."""
     if verdict.verdict is VerdictKind.UNKNOWN:
-        lost_kick = verdict.event is DeviceEvent.KICK
-        verdict = replace(
-            verdict,
-            verdict=VerdictKind.LOST_KICK if lost_kick else VerdictKind.LOST_CALL,
-            hop=3 if lost_kick else 8,
-        )
+        if verdict.event is DeviceEvent.KICK:
+            known, hop = VerdictKind.LOST_KICK, 3
+        elif calls_off:
+            known, hop = VerdictKind.CALL_SUPPRESSED, 7
+        else:
+            known, hop = VerdictKind.LOST_CALL, 8
+        verdict = replace(verdict, verdict=known, hop=hop)
     return replace(
         verdict,
         confidence=Confidence.CONFIRMED,

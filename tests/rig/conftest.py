@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fault_matrix import summarize
 from kickcall.attached import attach
 from kickcall.lab.boot import boot
 from witness import watch_queues
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from kickcall.attached import AttachedMachine
     from kickcall.lab.image import GuestImage
     from kickcall.lab.machine import LabMachine
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    summarize(terminalreporter)
 
 
 @pytest.fixture(scope="session", params=QEMUS)

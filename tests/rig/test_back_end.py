@@ -62,8 +62,8 @@ def test_looking_never_sends_a_command_that_reaches_a_back_end(zoo: LabMachine) 
     plain = borrow([str(zoo.qmp_path)])
 
     @contextlib.contextmanager
-    def overheard() -> Iterator[Monitor]:
-        with plain() as monitor:
+    def overheard(timeout: float = 2.0) -> Iterator[Monitor]:
+        with plain(timeout) as monitor:
             yield Overheard(monitor, asked)
 
     with attach(zoo.name, monitor=overheard) as attached:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kickcall.diagnose.judge import judge, looks_stalled, wants_slow_facts
+from kickcall.diagnose.judge import is_undecided, judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.rules import RULES
 from kickcall.diagnose.states import (
     BackendThread,
@@ -21,7 +21,7 @@ from kickcall.diagnose.states import (
     ThreadState,
     Thresholds,
 )
-from kickcall.diagnose.track import advance, start
+from kickcall.diagnose.track import Track, advance, start
 from kickcall.model import BackendKind, DeviceEvent, Layout, VerdictKind
 
 if TYPE_CHECKING:
@@ -696,3 +696,60 @@ def test_evidence_shows_what_was_read_and_since_when() -> None:
     assert values["kick notifier count"] == 0
     assert values["back-end thread 101 (iothread0)"] == "sleeping"
     assert said.since_s == pytest.approx(1.9)
+
+
+# --- how long it is worth waiting ---
+
+
+def history(fixed: QueueFixed, sample: Sample, seconds: float) -> Track:
+    """Return the history of a queue that was seen as in `sample` for as long."""
+    track = start(replace(sample, at=0.0))
+    for step in range(1, round(seconds / 0.1) + 1):
+        track = advance(track, replace(sample, at=step * 0.1), fixed)
+    return track
+
+
+IN_HAND = split(11, 10, 11, avail_event=11, used_event=10)
+NOT_SEEN = split(11, 10, avail_event=10, used_event=10)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "sample", "slow", "seconds", "undecided"),
+    [
+        pytest.param(blk(), IN_HAND, WELL, 0.0, False, id="just seen"),
+        pytest.param(blk(), IN_HAND, WELL, 0.3, True, id="the device has it"),
+        pytest.param(blk(), IN_HAND, WELL, 5.3, False, id="and is stuck"),
+        pytest.param(blk(), NOT_SEEN, WELL, 0.3, True, id="not fetched"),
+        pytest.param(blk(), NOT_SEEN, IN_ITS_LOOP, 0.6, False, id="kick lost"),
+        pytest.param(
+            blk(backend=BackendKind.VHOST_USER), NOT_SEEN, None, 0.6, True, id="by the rings alone"
+        ),
+        pytest.param(
+            blk(backend=BackendKind.VHOST_USER), NOT_SEEN, IN_ITS_LOOP, 0.6, False, id="by threads"
+        ),
+        pytest.param(
+            blk(backend=BackendKind.VHOST_USER, event_idx=False), split(11, 10), WELL, 0.6, False,
+            id="time tells nothing",
+        ),
+        pytest.param(net_rx(), split(128, 0, 0, avail_event=0, used_event=0), WELL, 9.0, False,
+            id="an inbox"),
+    ],
+)  # fmt: skip
+def test_only_a_queue_that_time_tells_something_of_is_worth_waiting_for(
+    fixed: QueueFixed, sample: Sample, slow: SlowFacts | None, seconds: float, undecided: bool
+) -> None:
+    assert is_undecided(fixed, history(fixed, sample, seconds), slow, LIMITS) is undecided
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_calls_that_stay_off_without_msix_may_be_firmware(layout: Layout) -> None:
+    sample = split(11, 11, 11, avail_flags=1)
+    if layout is Layout.PACKED:
+        sample = packed(11, 11, 11, calls=DISABLE)
+    fixed = blk(layout, event_idx=False)
+    intx = replace(WELL, msix_enabled=False, intx_disabled=False, vector=None)
+    said = verdict(fixed, (1.0, sample), slow=intx)
+    assert (says(said), said.event) == ((V.UNKNOWN, 0), DeviceEvent.CALL)
+    # With no interrupt at all it polls.
+    said = verdict(fixed, (1.0, sample), slow=replace(intx, intx_disabled=True))
+    assert says(said) == (V.IDLE, 0)

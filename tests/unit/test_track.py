@@ -72,6 +72,42 @@ def test_what_the_driver_writes_starts_only_the_drivers_clock(progress: dict[str
     assert track.device_still_since == 0.0
 
 
+COMPLETED = replace(IDLE, avail_idx=20, last_avail_idx=20, used_idx=11, used_event=10)
+"""The driver wanted its call when `used` passed 10, and has not reaped."""
+
+
+@pytest.mark.parametrize(
+    ("fixed", "sample"),
+    [(SPLIT, COMPLETED), (PACKED, replace(COMPLETED, avail_flags=2))],
+    ids=["split", "packed"],
+)
+def test_more_to_reap_does_not_start_the_drivers_clock_again(
+    fixed: QueueFixed, sample: Sample
+) -> None:
+    more = [replace(sample, used_idx=used) for used in (11, 12, 13, 14)]
+    track = watch(*more, fixed=fixed)
+    assert track.driver_still_since == 0.0
+    assert track.device_still_since == 3.0
+
+
+@pytest.mark.parametrize(
+    ("fixed", "sample"),
+    [
+        # Nothing was to be reaped before, or it cannot be seen whether, or no call was wanted.
+        (SPLIT, replace(COMPLETED, used_event=11)),
+        (SPLIT, replace(COMPLETED, used_event=0)),
+        (SPLIT, replace(COMPLETED, used_event=100)),
+        (replace(SPLIT, event_idx=False), replace(COMPLETED, used_event=None)),
+        (PACKED, replace(COMPLETED, avail_flags=0)),
+    ],
+)
+def test_something_to_reap_starts_the_drivers_clock_where_there_was_none(
+    fixed: QueueFixed, sample: Sample
+) -> None:
+    track = watch(sample, sample, replace(sample, used_idx=12), fixed=fixed)
+    assert track.driver_still_since == 2.0
+
+
 def test_new_work_behind_old_has_a_clock_of_its_own() -> None:
     """The device is long at what it fetched; nobody has had time to look at the rest."""
     at_it = replace(WORK, last_avail_idx=11)

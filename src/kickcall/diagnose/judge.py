@@ -66,11 +66,22 @@ def wants_slow_facts(verdict: Verdict | Rule) -> bool:
 
 
 def looks_stalled(fixed: QueueFixed, track: Track, limits: Thresholds) -> bool:
-    """Tell whether a queue is worth a close look: a stall by the rings alone, or nearly one."""
+    """Tell whether a queue is worth another look soon: a stall by the rings alone, or nearly one.
+
+    That work is outstanding is enough, so this is true of every busy queue.
+    """
     view = View(fixed, track, None, limits)
     if view.work_waits or view.call_was_owed or view.kick_waits:
         return True
     return decide(view).verdict.stalled
+
+
+def is_undecided(
+    fixed: QueueFixed, track: Track, slow: SlowFacts | None, limits: Thresholds
+) -> bool:
+    """Tell whether a queue that is not called stalled stands still, and may be called so soon."""
+    view = View(fixed, track, slow, limits)
+    return view.hesitates and decide(view).time_will_tell
 
 
 def _since(rule: Rule, view: View) -> float:

@@ -33,6 +33,8 @@ class Rule:
     """What to do; `{kick}` and `{call}` become the commands for this queue."""
     event: DeviceEvent | None = None
     """What a probe injects."""
+    time_will_tell: bool = False
+    """A queue of which this holds may be called stalled once it has stood still for longer."""
 
 
 _ASK_BACKEND = (
@@ -127,6 +129,7 @@ RULES: tuple[Rule, ...] = (
         "The device has fetched all work and is at it.",
         "2.7.14",
         "Nothing.",
+        time_will_tell=True,
     ),
     Rule(
         VerdictKind.DEVICE_STUCK,
@@ -145,6 +148,7 @@ RULES: tuple[Rule, ...] = (
         "Work is outstanding, and the back-end is busy.",
         "2.7.13.4",
         "Nothing.",
+        time_will_tell=True,
     ),
     Rule(
         VerdictKind.DEVICE_STUCK,
@@ -183,6 +187,7 @@ RULES: tuple[Rule, ...] = (
         "2.7.10, 2.8.10",
         "Watch it for longer than a slow device needs, or let a probe find out: {probe}",
         DeviceEvent.KICK,
+        time_will_tell=True,
     ),
     Rule(
         VerdictKind.LOST_KICK,
@@ -305,6 +310,7 @@ RULES: tuple[Rule, ...] = (
         "The queue moves.",
         "",
         "Nothing.",
+        time_will_tell=True,
     ),
     Rule(
         VerdictKind.UNKNOWN,
@@ -339,6 +345,18 @@ RULES: tuple[Rule, ...] = (
         "The driver has its calls off: whether it polls, its interrupt vector tells.",
         "2.7.7, 2.8.10",
         "Look closer: kickcall diagnose does.",
+    ),
+    Rule(
+        VerdictKind.UNKNOWN,
+        0,
+        lambda view: (
+            view.calls_off_at_rest and view.may_use_intx and view.driver_should_have_looked
+        ),
+        "The driver has its calls off, and its device no MSI-X: nothing tells whether it polls, as "
+        "firmware does, or waits for an interrupt that will not come.",
+        "2.7.7, 2.8.10",
+        "If the guest hangs, let a probe find out: {probe}",
+        DeviceEvent.CALL,
     ),
     Rule(
         VerdictKind.UNKNOWN,

@@ -26,7 +26,8 @@ class Track:
     unfetched_since: float
     """Since when there has been something for the device to look at, and it has not moved."""
     driver_still_since: float
-    """Since when the driver has shown no progress, with nothing new from the device."""
+    """Since when the driver has shown no progress while there was something to reap, as far as that
+    can be seen."""
     driver_looks: int
     """Looks since then."""
     unread_since: float | None
@@ -64,7 +65,8 @@ def advance(track: Track, sample: Sample, fixed: QueueFixed) -> Track:
     # that goes on publishing is no sign that the device looks. A device that is still at what it
     # fetched long ago has all the time of a notification for what is published now.
     device_restarts = device or outstanding(fixed, was) == 0
-    driver_restarts = driver or device
+    # A device that goes on completing (packets come in) is no sign that the driver reaps.
+    driver_restarts = driver or (device and not _is_called_for(fixed, was))
     at = sample.at
     return replace(
         track,
@@ -154,6 +156,22 @@ def all_fetched(fixed: QueueFixed, sample: Sample) -> bool:
     if left is not None:
         return left == 0
     return fixed.event_idx and sample.avail_idx is not None and _rearmed(fixed, sample)
+
+
+def _is_called_for(fixed: QueueFixed, sample: Sample) -> bool:
+    """Tell whether the driver has certainly something to reap that it wanted to be called for.
+
+    `used` is past the index of its event (virtio 1.4, 2.7.7.2 and 2.8.10). For a split queue 0 may
+    be Linux's way to want no calls (drivers/virtio/virtio_ring.c, virtqueue_disable_cb_split).
+    """
+    if sample.used_event is None or sample.used_idx is None:
+        return False
+    if fixed.layout is Layout.PACKED:
+        if sample.avail_flags != packed.EVENT_FLAGS_DESC:
+            return False
+    elif not fixed.event_idx or sample.used_event == 0:
+        return False
+    return 0 < span(fixed, sample.used_event, sample.used_idx) <= fixed.size
 
 
 def _rearmed(fixed: QueueFixed, sample: Sample) -> bool:

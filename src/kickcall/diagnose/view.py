@@ -21,6 +21,9 @@ PACKED_ENABLE, PACKED_DISABLE, PACKED_DESC = 0, 1, 2
 _LOOKS = 3
 """Looks that a stall needs at the least: one or two may find a busy queue at the same place."""
 
+_HESITATION_S = 0.1
+"""Busy queues seldom stand still for longer, and none that did matters yet."""
+
 _EVENT_WAITS = frozenset(
     {"poll", "ppoll", "select", "pselect6"}
     | {"epoll_wait", "epoll_pwait", "epoll_pwait2", "io_uring_enter"}
@@ -95,6 +98,13 @@ class View:
         track = self.track
         moved = track.moved_at > track.first.at
         return moved and track.now.at - track.moved_at < self.limits.notification_s
+
+    @property
+    def hesitates(self) -> bool:
+        """Whose turn it is has not moved for so long that it is worth waiting for a verdict."""
+        return (self.work_waits and self.device_still_s >= _HESITATION_S) or (
+            self.call_was_owed and self.driver_still_s >= _HESITATION_S
+        )
 
     # --- what waits ---
 
@@ -370,6 +380,12 @@ class View:
         Without one it may poll: firmware, blk poll queues, DPDK.
         """
         return self.slow is not None and self.slow.vector is not None
+
+    @property
+    def may_use_intx(self) -> bool:
+        """The device can raise INTx, and no vector tells whether the driver wants interrupts."""
+        slow = self.slow
+        return slow is not None and slow.msix_enabled is False and slow.intx_disabled is False
 
     @property
     def calls_left_off(self) -> bool:

@@ -57,15 +57,15 @@ class Target:
         self.device = device
         self.spec = machine.device(device)
         self.number = default_queue(self.spec) if queue is None else queue
-        self._monitor = borrow([str(machine.folder / "lab-monitor")], _PATIENCE)
+        self._monitor = borrow([str(machine.folder / "lab-monitor")])
         self._ours = attached is None
-        self.attached = attached or attach(machine.pid, monitor=self._monitor)
+        self.attached = attached or attach(machine.pid, monitor=self._monitor, timeout=_PATIENCE)
         self._map()
         self.registers = Registers(machine.guest, f"0000:00:{self.spec.slot:02x}.0")
 
     def _map(self) -> None:
         self.queue = self.attached.device(self.device).queue(self.number)
-        with self._monitor() as monitor:
+        with self._monitor(_PATIENCE) as monitor:
             self.fields = RingFields(self.machine.pid, read_guest_memory(monitor), self.queue.map)
 
     def refresh(self) -> None:

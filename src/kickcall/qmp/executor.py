@@ -25,11 +25,10 @@ from kickcall.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from contextlib import AbstractContextManager
 
     from kickcall.qmp.event_command import EventRequest
     from kickcall.qmp.upstream import Upstream
-    from kickcall.vmm.monitor import Monitor
+    from kickcall.vmm.monitor import BorrowMonitor, Monitor
 
 _TIMEOUT: Final = 10.0
 """Seconds that one monitor command may take before the event is given up."""
@@ -75,7 +74,7 @@ class Attached(Protocol):
     def close(self) -> Any: ...
 
 
-def attach(pid: int, borrow: Callable[[], AbstractContextManager[Monitor]]) -> Attached:
+def attach(pid: int, borrow: BorrowMonitor) -> Attached:
     """Attach to the machine by way of a monitor that is already held."""
     attached: Attached = kickcall.attach(pid, monitor=borrow)
     return attached
@@ -89,7 +88,7 @@ class EventExecutor:
         loop: asyncio.AbstractEventLoop,
         upstream: Upstream,
         pid: int,
-        attach: Callable[[int, Callable[[], AbstractContextManager[Monitor]]], Attached] = attach,
+        attach: Callable[[int, BorrowMonitor], Attached] = attach,
     ) -> None:
         self._loop = loop
         self._monitor = LoopMonitor(loop, upstream)
@@ -117,8 +116,8 @@ class EventExecutor:
         self._loop.run_in_executor(self._pool, work).add_done_callback(report)
 
     @contextlib.contextmanager
-    def _borrow(self) -> Iterator[Monitor]:
-        yield self._monitor
+    def _borrow(self, timeout: float = 0.0) -> Iterator[Monitor]:
+        yield self._monitor  # It is ours all the time: nobody waits for it.
 
     # In the worker thread.
 

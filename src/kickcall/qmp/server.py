@@ -25,11 +25,10 @@ from kickcall.vmm import served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from kickcall.qmp.event_command import EventRequest
     from kickcall.qmp.executor import Attached
-    from kickcall.vmm.monitor import Monitor
+    from kickcall.vmm.monitor import BorrowMonitor
 
 MAX_CLIENTS: Final = 64
 """Beyond these a client connects and gets no greeting until another leaves, as with QEMU."""
@@ -147,7 +146,7 @@ async def serve(
     upstream_path: str,
     listen_path: str,
     callbacks: Callbacks | None = None,
-    attach: Callable[[int, Callable[[], AbstractContextManager[Monitor]]], Attached] = attach,
+    attach: Callable[[int, BorrowMonitor], Attached] = attach,
 ) -> Ended:
     """Serve the monitor of the machine `pid` on `listen_path` until it ends or a signal comes.
 

@@ -7,7 +7,6 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -23,7 +22,7 @@ from kickcall.errors import (
 from kickcall.vmm.find import socket_address, socket_error
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
 _T = TypeVar("_T")
 
@@ -54,8 +53,10 @@ class Monitor(Protocol):
         ...
 
 
-BorrowMonitor = Callable[[], AbstractContextManager[Monitor]]
-"""Opens a monitor for as long as the block lasts."""
+class BorrowMonitor(Protocol):
+    """Opens a monitor for as long as the block lasts, after waiting `timeout` seconds at most."""
+
+    def __call__(self, timeout: float = CONNECT_TIMEOUT) -> AbstractContextManager[Monitor]: ...
 
 
 class _Client(QMPClient):
@@ -168,14 +169,14 @@ class QmpMonitor:
             self._stop()
 
 
-def borrow(paths: Sequence[str], timeout: float = CONNECT_TIMEOUT) -> BorrowMonitor:
+def borrow(paths: Sequence[str]) -> BorrowMonitor:
     """Return what opens the first of the monitors at `paths` that is free.
 
-    All of them together are tried for at most `timeout` seconds.
+    All of them together are tried for at most its `timeout` seconds.
     """
 
     @contextmanager
-    def borrowed() -> Iterator[Monitor]:
+    def borrowed(timeout: float = CONNECT_TIMEOUT) -> Iterator[Monitor]:
         if not paths:
             raise MonitorError(
                 "this QEMU has no QMP monitor (no -qmp, no -mon …,mode=control): kickcall needs one"

@@ -24,6 +24,7 @@ from kickcall.model import BackendKind, DeviceEvent, Layout, Notifier, QueueMap
 from kickcall.vmm import layout as layouts
 from kickcall.vmm import notifiers, symbols, virtio
 from kickcall.vmm.guest_memory import GuestMemory, read_guest_memory
+from kickcall.vmm.monitor import CONNECT_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,10 +99,16 @@ class VmmSession:
     """
 
     def __init__(
-        self, machine: Machine, borrow: BorrowMonitor, *, monitor_is_ours: bool = False
+        self,
+        machine: Machine,
+        borrow: BorrowMonitor,
+        *,
+        monitor_is_ours: bool = False,
+        timeout: float = CONNECT_TIMEOUT,
     ) -> None:
         self.machine = machine
         self._borrow = borrow
+        self._timeout = timeout
         self.monitor_is_ours = monitor_is_ours
         """The monitor is a `kickcall qmp`, not the VMM's own."""
         self.has_iommu = any(_IOMMU.search(argument) for argument in machine.command)
@@ -117,14 +124,15 @@ class VmmSession:
             raise
 
     @contextmanager
-    def borrow(self) -> Iterator[Monitor]:
+    def borrow(self, timeout: float | None = None) -> Iterator[Monitor]:
         """Open a monitor of the machine for as long as the block lasts.
 
+        Waits for one for `timeout` seconds (None: as long as was said when it was attached to).
         Raises the errors of `vmm.monitor.borrow`, and MachineGoneError where it went away with the
         machine.
         """
         try:
-            with self._borrow() as monitor:
+            with self._borrow(self._timeout if timeout is None else timeout) as monitor:
                 yield monitor
         except MonitorGoneError:
             # The sockets of a killed process are closed a little before it has ended.
