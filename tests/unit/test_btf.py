@@ -183,6 +183,16 @@ def test_the_running_kernel_tells_where_an_eventfd_has_its_count_and_its_id() ->
 
 
 @live
+def test_a_function_tells_how_many_parameters_it_takes() -> None:
+    # ssize_t eventfd_write(struct file *, const char *, size_t, loff_t *), fs/eventfd.c.
+    function = btf.kernel_types().find("eventfd_write", (btf.Kind.FUNC,))
+    assert function is not None
+    assert function.parameters == 4
+    with pytest.raises(KernelViewError, match="no function"):
+        _ = btf.kernel_types().struct("eventfd_ctx").parameters
+
+
+@live
 def test_a_types_first_answer_takes_no_longer_than_a_person_notices() -> None:
     # 40 to 60 ms on 2 GHz cores, alone; the limit leaves room for the neighbours of a test.
     best = 1e9

@@ -140,6 +140,14 @@ class Type:
         return one.types._tail(one.id, 3)[2]
 
     @property
+    def parameters(self) -> int:
+        """How many parameters the function takes (FUNC, and the FUNC_PROTO that it refers to)."""
+        one = self.target if self.kind == Kind.FUNC else self
+        if one.kind != Kind.FUNC_PROTO:
+            raise KernelViewError(f"the kernel's type {self.name!r} is no function")
+        return one._head[1] & 0xFFFF
+
+    @property
     def size(self) -> int:
         """Bytes that a value of this type takes."""
         one, factor = self.stripped, 1
@@ -154,10 +162,20 @@ class Type:
         return factor * one._head[2]
 
     @property
-    def is_signed(self) -> bool:
-        """Whether an integer has a sign (BTF_INT_SIGNED)."""
+    def encoding(self) -> int:
+        """An integer's encoding bits (BTF_INT_SIGNED, _CHAR, _BOOL); 0 for what is none."""
         one = self.stripped
-        return one.kind == Kind.INT and bool(one.types._tail(one.id, 1)[0] >> 24 & 1)
+        return one.types._tail(one.id, 1)[0] >> 24 & 0xF if one.kind == Kind.INT else 0
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether an integer has a sign."""
+        return bool(self.encoding & 1)
+
+    @property
+    def is_union(self) -> bool:
+        """Whether this is a union, or the declaration of one (kind_flag of BTF_KIND_FWD)."""
+        return self.kind == Kind.UNION or (self.kind == Kind.FWD and bool(self._head[1] >> 31))
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
