@@ -30,9 +30,9 @@ _COMMAND, _CAPABILITY_LIST = 0x04, 0x34
 _COMMAND_MASTER, _COMMAND_INTX_DISABLE = 1 << 2, 1 << 10
 _STATUS_CAP_LIST = 1 << 4 + 16
 _CAP_ID_MSIX = 0x11
-_MSIX_ENABLE, _MSIX_MASKALL = 1 << 15 + 16, 1 << 14 + 16
-_MSIX_ENTRY_SIZE = 16
-_MSIX_ENTRY_MASKED = 1
+MSIX_ENABLE, MSIX_MASKALL = 1 << 15 + 16, 1 << 14 + 16
+MSIX_ENTRY_SIZE = 16
+MSIX_ENTRY_MASKED = 1
 _CAPS_MAX = 48
 """Room for capabilities in 256 bytes less the header, at 4 bytes each."""
 _NO_VECTOR = 0xFFFF
@@ -58,7 +58,9 @@ class InterruptPath:
 
 
 @dataclass(frozen=True, slots=True)
-class _Region:
+class Region:
+    """A range of a flat view."""
+
     start: int
     end: int
     """The last address."""
@@ -69,24 +71,24 @@ def interrupt_path(
     session: VmmSession, monitor: Monitor, mapped: MappedDevice, queue: int
 ) -> InterruptPath:
     """Return how the interrupt of a queue stands. Nothing is known of devices that are not PCI."""
-    function = _function(monitor, mapped)
+    function = pci_function(monitor, mapped)
     if function is None:
         return InterruptPath()
-    views = monitor.hmp("info mtree -f").split("FlatView #")[1:]
-    regions = _regions(next((view for view in views if ' AS "memory",' in view), ""))
+    told = monitor.hmp("info mtree -f")
+    regions = flat_view(told, "memory")
     vector = queue_vector(session, mapped, queue)
-    command, msix = _configuration(monitor, function, regions)
+    command, msix = read_configuration(monitor, function, regions)
     masked, pending = (
         (None, None) if vector is None else _vector(monitor, function, regions, vector)
     )
     if command is not None:
         bus_master: bool | None = bool(command & _COMMAND_MASTER)
     else:
-        bus_master = _bus_master_by_view(views, _pci_type(monitor, mapped))
+        bus_master = _bus_master_by_view(_views(told), _pci_type(monitor, mapped))
     return InterruptPath(
         # A configuration space that can be read and has no such capability has no MSI-X to enable.
-        msix_enabled=None if command is None else bool((msix or 0) & _MSIX_ENABLE),
-        function_masked=None if msix is None else bool(msix & _MSIX_MASKALL),
+        msix_enabled=None if command is None else bool((msix or 0) & MSIX_ENABLE),
+        function_masked=None if msix is None else bool(msix & MSIX_MASKALL),
         vector=vector,
         vector_masked=masked,
         vector_pending=pending,
@@ -131,7 +133,7 @@ def _aligned(offset: int, to: int) -> int:
     return -(-offset // to) * to
 
 
-def _function(monitor: Monitor, mapped: MappedDevice) -> dict[str, Any] | None:
+def pci_function(monitor: Monitor, mapped: MappedDevice) -> dict[str, Any] | None:
     """Return what `query-pci` says of the device; None where it is not on PCI, or has no id."""
     try:
         buses = monitor.execute("query-pci")
@@ -148,30 +150,41 @@ def _pci_type(monitor: Monitor, mapped: MappedDevice) -> str:
         return ""
 
 
-def _regions(view: str) -> list[_Region]:
+def flat_view(info_mtree: str, address_space: str) -> list[Region]:
+    """Return what an address space (`memory`, `I/O`) holds, by the answer of `info mtree -f`."""
+    views = _views(info_mtree)
+    return regions_of(next((view for view in views if f' AS "{address_space}",' in view), ""))
+
+
+def _views(info_mtree: str) -> list[str]:
+    return info_mtree.split("FlatView #")[1:]
+
+
+def regions_of(view: str) -> list[Region]:
+    """Return the regions of one flat view that devices or memory answer for."""
     return [
-        _Region(int(found[1], 16), int(found[2], 16), found[3])
+        Region(int(found[1], 16), int(found[2], 16), found[3])
         for line in view.splitlines()
         if (found := _REGION.match(line))
     ]
 
 
-def _words(monitor: Monitor, address: int, count: int) -> list[int] | None:
+def read_words(monitor: Monitor, address: int, count: int) -> list[int] | None:
     """Return `count` 32-bit words at a guest-physical address; None where there are none."""
     said = monitor.hmp(f"xp /{count}wx {address:#x}")
     words = [int(word, 16) for line in _DUMP.findall(said) for word in line.split()]
     return words if len(words) == count else None
 
 
-def _configuration(
-    monitor: Monitor, function: dict[str, Any], regions: list[_Region]
+def read_configuration(
+    monitor: Monitor, function: dict[str, Any], regions: list[Region]
 ) -> tuple[int | None, int | None]:
     """Return the command register and the head of the MSI-X capability; None where unknown."""
     ecam = next((one for one in regions if one.name in ("pcie-mmcfg-mmio", "pcie-ecam")), None)
     if ecam is None:
         return None, None
     at = ecam.start + (function["bus"] << 20 | function["slot"] << 15 | function["function"] << 12)
-    header = _words(monitor, at, 16) if at + 4096 <= ecam.end + 1 else None
+    header = read_words(monitor, at, 16) if at + 4096 <= ecam.end + 1 else None
     identity = function["id"]
     if header is None or header[0] != identity["device"] << 16 | identity["vendor"]:
         return None, None
@@ -180,7 +193,7 @@ def _configuration(
     for _ in range(_CAPS_MAX):
         if not offset:
             break
-        head = _words(monitor, at + offset, 1)
+        head = read_words(monitor, at + offset, 1)
         if head is None:
             break
         if head[0] & 0xFF == _CAP_ID_MSIX:
@@ -190,29 +203,29 @@ def _configuration(
 
 
 def _vector(
-    monitor: Monitor, function: dict[str, Any], regions: list[_Region], vector: int
+    monitor: Monitor, function: dict[str, Any], regions: list[Region], vector: int
 ) -> tuple[bool | None, bool | None]:
     """Return whether a vector is masked and whether it is pending; None where unknown."""
-    table = _in_bars(function, regions, "msix-table")
-    if table is None or table.start + (vector + 1) * _MSIX_ENTRY_SIZE > table.end + 1:
+    table = region_in_bars(function, regions, "msix-table")
+    if table is None or table.start + (vector + 1) * MSIX_ENTRY_SIZE > table.end + 1:
         return None, None
     # The pending bits are read by 32, and so is the table.
     first = vector & ~31
-    count = min(32, (table.end + 1 - table.start) // _MSIX_ENTRY_SIZE - first)
-    words = _words(monitor, table.start + first * _MSIX_ENTRY_SIZE, count * 4)
+    count = min(32, (table.end + 1 - table.start) // MSIX_ENTRY_SIZE - first)
+    words = read_words(monitor, table.start + first * MSIX_ENTRY_SIZE, count * 4)
     if words is None:
         return None, None
     entries = [words[4 * k : 4 * k + 4] for k in range(count)]
-    masked = bool(entries[vector - first][3] & _MSIX_ENTRY_MASKED)
-    pending_bits = _in_bars(function, regions, "msix-pba")
-    any_masked = any(entry[3] & _MSIX_ENTRY_MASKED and entry[0] for entry in entries)
+    masked = bool(entries[vector - first][3] & MSIX_ENTRY_MASKED)
+    pending_bits = region_in_bars(function, regions, "msix-pba")
+    any_masked = any(entry[3] & MSIX_ENTRY_MASKED and entry[0] for entry in entries)
     if pending_bits is None or any_masked:
         return masked, None
-    bits = _words(monitor, pending_bits.start + first // 8, 1)
+    bits = read_words(monitor, pending_bits.start + first // 8, 1)
     return masked, None if bits is None else bool(bits[0] >> vector - first & 1)
 
 
-def _in_bars(function: dict[str, Any], regions: list[_Region], name: str) -> _Region | None:
+def region_in_bars(function: dict[str, Any], regions: list[Region], name: str) -> Region | None:
     """Return the region of that name in one of the device's BARs, if the guest has it mapped."""
     for bar in function["regions"]:
         if bar["type"] == "memory" and bar["address"] > 0:
@@ -232,7 +245,7 @@ def _bus_master_by_view(views: list[str], pci_type: str) -> bool | None:
     if not pci_type:
         return None
     sees = {
-        bool(_regions(view))
+        bool(regions_of(view))
         for view in views
         for line in view.splitlines()
         if line.startswith(f' AS "{pci_type}", root: bus master container')

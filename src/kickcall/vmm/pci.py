@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _VIRTIO_VENDOR = 0x1AF4
 _TRANSITIONAL = range(0x1000, 0x1040)
 """Device ids of transitional virtio-pci devices (virtio 1.4, 4.1.2.1)."""
-_LEGACY_QUEUE_NOTIFY = 16
+LEGACY_QUEUE_NOTIFY = 16
 """Offset of Queue Notify in the legacy registers, a u16 (virtio 1.4, 4.1.4.10)."""
 
 
@@ -36,7 +36,7 @@ def legacy_notify_port(monitor: Monitor, device: Device) -> int | None:
             return None
         for region in entry["regions"]:
             if region["bar"] == 0 and region["type"] == "io" and region["address"] > 0:
-                return int(region["address"]) + _LEGACY_QUEUE_NOTIFY
+                return int(region["address"]) + LEGACY_QUEUE_NOTIFY
     return None
 
 
