@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kickcall.errors import LabError
+from kickcall.lab.image import GuestImage
 from kickcall.lab.spec import (
+    AnyDevice,
     MachineSpec,
     OtherDevice,
+    VhostNet,
+    VhostScsi,
     VhostUserBlk,
+    VhostVsock,
     VirtioBlk,
     VirtioNet,
     VirtioScsi,
+    guest_arguments,
     machine_arguments,
 )
 from kickcall.lab.spec_text import parse_device
+from kickcall.lab.vhost_kernel import named
 
 
-def arguments(*devices: VirtioBlk | VirtioScsi | VirtioNet | VhostUserBlk) -> list[str]:
+def arguments(*devices: AnyDevice) -> list[str]:
     return machine_arguments(MachineSpec(name="vm0", devices=devices).complete(), "/f")
 
 
@@ -84,6 +93,49 @@ def test_qemu_connects_to_the_relay_or_to_the_back_end_itself() -> None:
     assert "socket,id=vub0-socket,path=/f/vub0.backend" in direct
 
 
+def test_vhost_in_the_kernel_gets_its_target_its_tap_and_its_address() -> None:
+    command = arguments(
+        VhostScsi(queues=2, wwpn="naa.5001405000000001"),
+        VhostNet(queues=2, tap="kcl0", address="10.128.0.1", event_idx=False),
+        VhostVsock(guest_cid=42),
+    )
+    assert "vhost-scsi-pci,id=vscsi0,addr=0x2,wwpn=naa.5001405000000001,num_queues=2" in command
+    assert "tap,id=vnet0-tap,ifname=kcl0,script=no,downscript=no,vhost=on,queues=2" in command
+    # Two vectors for each pair of queues, one for the control queue, one for configuration.
+    assert (
+        "virtio-net-pci,id=vnet0,addr=0x3,netdev=vnet0-tap,romfile=,mac=52:54:00:6b:63:03,"
+        "mq=on,vectors=6,event_idx=off" in command
+    )
+    assert "vhost-vsock-pci,id=vsock0,addr=0x4,guest-cid=42" in command
+
+
+def test_a_guest_is_told_its_address_on_each_tap() -> None:
+    spec = MachineSpec(devices=(VhostNet(tap="kcl0", address="10.128.0.5"),)).complete()
+    image = GuestImage(Path("/vmlinuz"), Path("/initramfs"))
+    command = guest_arguments(spec, "/f", image, kvm=True)
+    told = command[command.index("-append") + 1].split()
+    assert "lab.address=52:54:00:6b:63:02,10.128.0.6/30" in told
+
+
+def test_names_are_made_up_where_none_were_given_and_differ() -> None:
+    given = (
+        VhostScsi(wwpn="naa.1"),
+        VhostNet(tap="t", address="10.0.0.1"),
+        VhostVsock(guest_cid=3),
+    )
+    assert named(MachineSpec(devices=given)).devices == given
+    left_out = MachineSpec(devices=(VhostScsi(), VhostNet(), VhostVsock(), VirtioBlk()))
+    first, second = named(left_out).devices, named(left_out).devices
+    assert len({*first, *second}) == 7
+    scsi, net, vsock, _ = first
+    assert isinstance(scsi, VhostScsi)
+    assert len(scsi.wwpn) == len("naa.") + 16  # NAA 5: 64 bits
+    assert isinstance(net, VhostNet)
+    assert len(net.tap) <= 15  # linux/if.h: IFNAMSIZ with its NUL
+    assert isinstance(vsock, VhostVsock)
+    assert 3 <= vsock.guest_cid < 0xFFFFFFFF
+
+
 def test_the_users_monitors_come_before_the_labs_own() -> None:
     command = machine_arguments(MachineSpec(name="vm0", monitors=2).complete(), "/f")
     users = [command[at + 1] for at, word in enumerate(command) if word == "-qmp"]
@@ -103,6 +155,12 @@ def test_a_device_is_written_as_its_kind_and_settings() -> None:
     assert parse_device("virtio-scsi,legacy=only,event-idx=off") == VirtioScsi(
         legacy="only", event_idx=False
     )
+
+
+def test_a_device_of_vhost_in_the_kernel_is_written_like_the_others() -> None:
+    assert parse_device("vhost-scsi,queues=2,size-mib=8") == VhostScsi(queues=2, size_mib=8)
+    assert parse_device("vhost-net,queues=2,event-idx=off") == VhostNet(queues=2, event_idx=False)
+    assert parse_device("vhost-vsock,guest-cid=42") == VhostVsock(guest_cid=42)
 
 
 def test_what_the_lab_does_not_know_is_left_to_qemu() -> None:

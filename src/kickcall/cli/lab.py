@@ -45,7 +45,8 @@ def up(
         list[str] | None,
         typer.Option(
             help="KIND,NAME=VALUE,… (again for each device). KIND: virtio-blk, virtio-scsi, "
-            "virtio-net, vhost-user-blk, or any QEMU driver. NAME: id, queues, packed=on, "
+            "virtio-net, vhost-user-blk, vhost-scsi, vhost-net, vhost-vsock (as root, on a KVM "
+            "host), or any QEMU driver. NAME: id, queues, packed=on, "
             "iothread=on, relay=off, disk=null|file, size-mib, legacy=auto|off|only, "
             "event-idx=off, or any property of QEMU's device. Without: one of each kind.",
             metavar="DEVICE",
@@ -95,7 +96,7 @@ def up(
             (
                 spec.id,
                 _kind(spec),
-                machine.disk(spec.id) if hasattr(spec, "disk") else "",
+                _in_the_guest(machine, spec),
                 "yes" if getattr(spec, "relay", False) else "",
             )
             for spec in machine.spec.devices
@@ -349,6 +350,19 @@ def _facts(machine: LabMachine) -> dict[str, object]:
             for device in machine.spec.devices
         ],
     }
+
+
+def _in_the_guest(machine: LabMachine, device: AnyDevice) -> str:
+    """Return what the guest has of a device: its disk, or the address there."""
+    match device.kind:
+        case "virtio-blk" | "virtio-scsi" | "vhost-user-blk" | "vhost-scsi":
+            return machine.disk(device.id)
+        case "vhost-net":
+            return f"{machine.guest_address(device.id)} (host: {machine.host_address(device.id)})"
+        case "vhost-vsock":
+            return f"CID {machine.guest_cid(device.id)}"
+        case _:
+            return ""
 
 
 def _kind(device: AnyDevice) -> str:

@@ -8,6 +8,7 @@ with boot(MachineSpec(devices=(VirtioBlk(iothread=True), VhostUserBlk()))) as ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kickcall.errors import LabError
-from kickcall.lab import process
+from kickcall.lab import process, vhost_kernel
 from kickcall.lab.cache import locked, log_progress, tool
 from kickcall.lab.image import GuestImage, guest_image
 from kickcall.lab.machine import LabMachine, lab_folder, machines
@@ -79,7 +80,11 @@ def prepare(spec: MachineSpec, qemu: Qemu, *, outlives: bool) -> LabMachine:
     """Return a machine with a folder and disks, and no process yet."""
     for machine in machines():
         if machine.abandoned:
-            machine.close()
+            # What cannot be taken down yet must not keep this machine from being booted.
+            with contextlib.suppress(LabError):
+                machine.close()
+    vhost_kernel.check(spec)
+    spec = vhost_kernel.named(spec)
     spec = dataclasses.replace(spec, name=spec.name or f"lab-{secrets.token_hex(3)}").complete()
     me = LabProcess("owner", os.getpid(), process.running_since(os.getpid()) or 0)
     machine = LabMachine(_make_folder(spec.name, qemu), spec, owner=None if outlives else me)
@@ -96,7 +101,9 @@ def folder_inside(machine: LabMachine, qemu: Qemu) -> str:
 
 
 def start_backends(machine: LabMachine, timeout: float) -> None:
-    """Start the storage daemons and relays of the machine's vhost-user devices."""
+    """Start the storage daemons and relays of the machine's vhost-user devices, and make the
+    targets of those that vhost in the kernel serves."""
+    vhost_kernel.set_up(machine.spec)
     for device in machine.spec.devices:
         if not isinstance(device, VhostUserBlk):
             continue
@@ -126,6 +133,7 @@ def start_qemu(machine: LabMachine, qemu: Qemu, arguments: list[str], timeout: f
     last = "lab-monitor" if spec.lab_monitor else f"qmp{spec.monitors - 1}"
     if spec.lab_monitor or spec.monitors:
         _wait(machine, (machine.folder / last).is_socket, "qemu", timeout)
+    vhost_kernel.give_addresses(spec)
 
 
 def wait_for_guest(machine: LabMachine, timeout: float = 60.0) -> None:

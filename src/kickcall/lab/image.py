@@ -36,6 +36,7 @@ MODULES = (
     "virtio_rng",
     "virtio_balloon",
     "virtio_console",
+    "vmw_vsock_virtio_transport",
 )
 
 _FOLDERS = ("bin", "sbin", "usr", "usr/bin", "usr/sbin", "dev", "proc", "sys", "run", "tmp")

@@ -16,29 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kickcall.errors import LabError
-from kickcall.lab import process
+from kickcall.lab import process, vhost_kernel
 from kickcall.lab import spec as specs
 from kickcall.lab.guest import Guest
 from kickcall.lab.interrupts import parse_disks, parse_interrupts
 from kickcall.lab.monitor import ask
 from kickcall.lab.process import LabProcess
 from kickcall.lab.relay_control import RelayControl
-from kickcall.lab.spec import AnyDevice, MachineSpec, VhostUserBlk
+from kickcall.lab.spec import AnyDevice, MachineSpec, VhostNet, VhostUserBlk, VhostVsock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
-
-_KINDS: dict[str, type[AnyDevice]] = {
-    kind.kind: kind
-    for kind in (
-        specs.VirtioBlk,
-        specs.VirtioScsi,
-        specs.VirtioNet,
-        specs.VhostUserBlk,
-        specs.OtherDevice,
-    )
-}
 
 
 def lab_folder() -> Path:
@@ -173,7 +162,7 @@ class LabMachine:
 
     def disk(self, device: str) -> str:
         """Return the guest's path of a device's disk, as /dev/vda."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while True:
             listing = self.guest.run("ls -l /sys/block").output
             if found := parse_disks(listing, self._pci_address(device)):
@@ -183,9 +172,29 @@ class LabMachine:
                 raise LabError(f"the guest of {self.name} sees no disk behind {device}")
             time.sleep(0.1)
 
+    def host_address(self, device: str) -> str:
+        """Return the host's IPv4 address in the network that it shares with a vhost-net device."""
+        return self._vhost_net(device).address
+
+    def guest_address(self, device: str) -> str:
+        """Return the guest's IPv4 address on a vhost-net device."""
+        return self._vhost_net(device).guest_address
+
+    def guest_cid(self, device: str) -> int:
+        """Return the guest's vsock address on a vhost-vsock device."""
+        spec = self.device(device)
+        if not isinstance(spec, VhostVsock):
+            raise LabError(f"{device} of lab machine {self.name} is no vhost-vsock device")
+        return spec.guest_cid
+
     def close(self) -> None:
-        """Kill the machine's processes and delete its folder."""
+        """Kill the machine's processes, take down what they left on the host, delete its folder.
+
+        Raises LabError, and keeps the folder, where the kernel lets go of something only later:
+        then the next close, or the next machine that is booted, takes it down.
+        """
         process.end(self.processes)
+        vhost_kernel.take_down(self.spec)
         # A machine in another root: the folder is there, and ours is a link to it.
         if self.folder.is_symlink():
             shutil.rmtree(self.folder.readlink(), ignore_errors=True)
@@ -226,6 +235,12 @@ class LabMachine:
         unfinished.write_text(json.dumps(state, indent=1))
         unfinished.rename(self.folder / "state.json")
 
+    def _vhost_net(self, device: str) -> VhostNet:
+        spec = self.device(device)
+        if not isinstance(spec, VhostNet):
+            raise LabError(f"{device} of lab machine {self.name} is no vhost-net device")
+        return spec
+
     def _process(self, what: str) -> LabProcess:
         for started in self.processes:
             if started.what == what:
@@ -242,7 +257,7 @@ class LabMachine:
 
 def _spec_from(state: dict[str, Any]) -> MachineSpec:
     devices = tuple(
-        _KINDS[fields.pop("kind")](**_tuples(fields)) for fields in state.pop("devices")
+        specs.KINDS[fields.pop("kind")](**_tuples(fields)) for fields in state.pop("devices")
     )
     return MachineSpec(devices=devices, **_tuples(state))
 

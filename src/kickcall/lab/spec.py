@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from kickcall.errors import LabError
 
@@ -21,6 +22,8 @@ Disk = Literal["null", "file"]
 
 FIRST_SLOT = 0x02
 """Slot 0 of q35's root bus is the host bridge."""
+VHOST_NET_PREFIX_LENGTH = 30
+"""The network of a tap has two addresses, the host's and the guest's."""
 FIRST_HOTPLUG_SLOT = 0x18
 """Root ports for hot-plug take the slots from here up to 0x1e; 0x1f is the ICH9 bridge."""
 
@@ -162,6 +165,78 @@ class VhostUserBlk(DeviceSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VhostScsi(DeviceSpec):
+    """vhost-scsi: one disk in the memory of the host, served by vhost in the host's kernel.
+
+    Its queues are control, event and `queues` request queues. What has no name when the machine
+    is booted gets one that nothing else on the host has.
+    """
+
+    kind: ClassVar[str] = "vhost-scsi"
+    prefix: ClassVar[str] = "vscsi"
+
+    queues: int = 1
+    size_mib: int = 16
+    wwpn: str = ""
+    """The target's name in configfs, as naa.5001405123456789."""
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        own = [f"wwpn={self.wwpn}", f"num_queues={self.queues}"]
+        return ["-device", self.properties("vhost-scsi-pci", *own)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostNet(DeviceSpec):
+    """virtio-net on a tap, served by vhost in the host's kernel.
+
+    Its queues are receive and transmit of each of `queues` pairs, then control (QEMU's own).
+    """
+
+    kind: ClassVar[str] = "vhost-net"
+    prefix: ClassVar[str] = "vnet"
+
+    queues: int = 1
+    tap: str = ""
+    """The interface on the host. QEMU makes it, so it ends with QEMU."""
+    address: str = ""
+    """The host's IPv4 address on it, in a network of two hosts; the guest has the next one."""
+
+    @property
+    def guest_address(self) -> str:
+        return str(IPv4Address(self.address) + 1)
+
+    @property
+    def mac(self) -> str:
+        return f"52:54:00:6b:63:{self.slot:02x}"
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        own = [f"netdev={self.id}-tap", "romfile=", f"mac={self.mac}"]
+        if self.queues > 1:
+            # QEMU's documentation of -device virtio-net-pci: 2 * queues + 2.
+            own += ["mq=on", f"vectors={2 * self.queues + 2}"]
+        return [
+            "-netdev",
+            f"tap,id={self.id}-tap,ifname={self.tap},script=no,downscript=no,vhost=on,"
+            f"queues={self.queues}",
+            *("-device", self.properties("virtio-net-pci", *own)),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostVsock(DeviceSpec):
+    """vhost-vsock. Its queues are receive, transmit (vhost's) and event (QEMU's)."""
+
+    kind: ClassVar[str] = "vhost-vsock"
+    prefix: ClassVar[str] = "vsock"
+
+    guest_cid: int = 0
+    """The guest's address, unique on the host."""
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        return ["-device", self.properties("vhost-vsock-pci", f"guest-cid={self.guest_cid}")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OtherDevice(DeviceSpec):
     """Any other PCI device that needs only `-device`: `OtherDevice(driver="virtio-rng-pci")`."""
 
@@ -174,7 +249,17 @@ class OtherDevice(DeviceSpec):
         return ["-device", self.properties(self.driver)]
 
 
-AnyDevice = VirtioBlk | VirtioScsi | VirtioNet | VhostUserBlk | OtherDevice
+AnyDevice = (
+    VirtioBlk
+    | VirtioScsi
+    | VirtioNet
+    | VhostUserBlk
+    | VhostScsi
+    | VhostNet
+    | VhostVsock
+    | OtherDevice
+)
+KINDS: dict[str, type[AnyDevice]] = {kind.kind: kind for kind in get_args(AnyDevice)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,12 +357,17 @@ def machine_arguments(spec: MachineSpec, folder: str) -> list[str]:
 
 def guest_arguments(spec: MachineSpec, folder: str, image: GuestImage, *, kvm: bool) -> list[str]:
     """Return QEMU's arguments that boot the guest and its agent's channel."""
+    addresses = "".join(
+        f" lab.address={device.mac},{device.guest_address}/{VHOST_NET_PREFIX_LENGTH}"
+        for device in spec.devices
+        if isinstance(device, VhostNet)
+    )
     return [
         *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
         *("-cpu", "host" if kvm else "max"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
         "-append",
-        f"console=ttyS0 quiet panic=-1 tsc=reliable {spec.kernel_arguments}".strip(),
+        f"console=ttyS0 quiet panic=-1 tsc=reliable{addresses} {spec.kernel_arguments}".strip(),
         *("-chardev", f"file,id=lab-console,path={folder}/console.log,append=on"),
         *("-serial", "chardev:lab-console"),
         *("-chardev", f"socket,id=lab-agent,path={folder}/agent,server=on,wait=off"),

@@ -9,10 +9,7 @@ from kickcall.errors import LabError
 from kickcall.lab import spec as specs
 from kickcall.lab.spec import AnyDevice, OtherDevice
 
-_KINDS: dict[str, type[AnyDevice]] = {
-    kind.kind: kind
-    for kind in (specs.VirtioBlk, specs.VirtioScsi, specs.VirtioNet, specs.VhostUserBlk)
-}
+_KINDS = {name: kind for name, kind in specs.KINDS.items() if kind is not OtherDevice}
 _SWITCH = {"on": True, "off": False}
 # Not for users: `options` is what any other word becomes, `slot` is only for tests.
 _NOT_WRITTEN = {"options", "driver"}
