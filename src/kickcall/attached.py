@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kickcall.diagnose.states import Thresholds
     from kickcall.model import Device, Injection, Machine, QueueMap, QueueState, Verdict
     from kickcall.vmm.monitor import BorrowMonitor
+    from kickcall.vmm.recorder import Recording
     from kickcall.vmm.session import MappedDevice
 
 
@@ -132,6 +133,24 @@ class AttachedMachine:
             limits=limits,
             tell=tell,
         )
+
+    def record(
+        self, device: str | None = None, queue: int | None = None, *, events: bool = False
+    ) -> Recording:
+        """Have the kernel count the kicks and calls of the machine's queues in a `with` block.
+
+        Of all queues, of one device's, or of one queue. `counts()` of what is returned tells how
+        often each was raised since, by whom, and when last; with `events`, `events()` tells each
+        one. Needs root and tracefs: raises PrivilegeError or KernelViewError without.
+        """
+        from kickcall.vmm.recorder import Recording
+
+        if device is None:
+            return Recording(self._session, events=events)
+        mapped = self.device(device)._mapped
+        if queue is not None:
+            mapped.queue_map(queue)
+        return Recording(self._session, [(mapped, queue)], events=events)
 
     def refresh(self) -> None:
         """Map the machine anew: after StaleMapError, or to see devices that were plugged in."""

@@ -223,6 +223,72 @@ class Injection:
     """What was written to, in words: `eventfd 1234 (fd 27)`, `I/O port 0xc010`."""
 
 
+class Signaller(enum.StrEnum):
+    """Who raised a notification."""
+
+    GUEST = "guest"
+    """A virtual CPU of the machine wrote to the doorbell."""
+    VHOST = "vhost"
+    """A worker of vhost in the kernel, for this machine."""
+    QEMU = "qemu"
+    """Another thread of the VMM: its main loop or an iothread."""
+    KICKCALL = "kickcall"
+    PROCESS = "process"
+    """Another process, as a vhost-user back-end."""
+    KERNEL = "kernel"
+    """The kernel itself, as in an interrupt: the thread is the one that was interrupted."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """How often one thread raised one notification."""
+
+    by: Signaller
+    pid: int | None
+    """Its process; None where it ended before it could be asked."""
+    tid: int
+    comm: str
+    """The thread's name: it may call itself anything."""
+    total: int
+    last_at: float
+    """When it did so last, in seconds of CLOCK_MONOTONIC (`time.monotonic()`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotificationCount:
+    """How often the kick, or the call, of a queue was raised while it was recorded."""
+
+    device: str
+    queue: int
+    event: DeviceEvent
+    eventfd_id: int | None
+    """None: its notifier is gone."""
+    total: int
+    last_at: float | None
+    """When it was raised last, in seconds of CLOCK_MONOTONIC; None: never since the recording
+    began."""
+    by: tuple[Signalled, ...]
+    """Who raised it, the most frequent first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """One kick or call that was recorded."""
+
+    at: float
+    """In seconds of CLOCK_MONOTONIC."""
+    device: str
+    queue: int
+    event: DeviceEvent
+    by: Signaller
+    pid: int | None
+    tid: int
+    comm: str
+    after_kick_s: float | None
+    """For a call: seconds since the first kick that no call had followed. None: there was none."""
+
+
 class VerdictKind(enum.StrEnum):
     """What can be said of a queue. See docs/verdicts/."""
 

@@ -1,4 +1,4 @@
-"""The arguments that several commands take, and how a shell completes them."""
+"""The arguments that several commands take: how they are read, and how a shell completes them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ def complete_machine(incomplete: str) -> list[str]:
     from kickcall.vmm.find import find
 
     return [machine.name for machine in find() if machine.name.startswith(incomplete)]
+
+
+def seconds_of(text: str) -> float:
+    """Return a duration in seconds. Raises UsageError where `text` is none."""
+    from kickcall.errors import UsageError
+
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "": 1.0}
+    number = text.rstrip("ms")
+    try:
+        value = float(number) * units[text[len(number) :]]
+    except (ValueError, KeyError):
+        value = -1.0
+    if not 0 < value <= 86400:
+        raise UsageError(f"{text!r} is no duration: write 2s, 500ms or 1m")
+    return value
 
 
 MachineArgument = Annotated[

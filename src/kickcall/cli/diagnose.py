@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kickcall.cli.arguments import JsonOption, MachineArgument, OptionalDevice
+from kickcall.cli.arguments import JsonOption, MachineArgument, OptionalDevice, seconds_of
 from kickcall.cli.output import plain, print_json, print_table, working
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def diagnose(
 
     if queue is not None and device is None:
         raise UsageError("--queue needs a DEVICE")
-    seconds = _seconds(duration)
+    seconds = seconds_of(duration)
     with attach(machine) as attached, working(f"watching for {seconds:g} s or more"):
         verdicts = attached.diagnose(
             device,
@@ -63,21 +63,6 @@ def diagnose(
         _tell(name, verdicts)
     if any(verdict.verdict.stalled for verdict in verdicts):
         raise typer.Exit(1)
-
-
-def _seconds(text: str) -> float:
-    """Return a duration in seconds. Raises UsageError where `text` is none."""
-    from kickcall.errors import UsageError
-
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "": 1.0}
-    number = text.rstrip("ms")
-    try:
-        value = float(number) * units[text[len(number) :]]
-    except (ValueError, KeyError):
-        value = -1.0
-    if not 0 < value <= 86400:
-        raise UsageError(f"{text!r} is no duration: write 2s, 500ms or 1m")
-    return value
 
 
 def _to_json(verdict: Verdict) -> dict[str, object]:

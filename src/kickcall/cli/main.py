@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import kickcall
-from kickcall.cli import demo, diagnose, events, lab, machines, qmp
+from kickcall.cli import demo, diagnose, events, lab, machines, qmp, trace
 from kickcall.cli.output import plain
 from kickcall.errors import KickcallError
 
@@ -46,6 +46,7 @@ app.command()(machines.vms)
 app.command()(machines.show)
 app.command()(machines.eventfd)
 app.command()(diagnose.diagnose)
+app.command()(trace.trace)
 app.command()(events.kick)
 app.command()(events.call)
 app.command()(qmp.qmp)
