@@ -217,8 +217,6 @@ class Run:
             backend=case.backend,
             role=case.role,
             calls_when_idle=case.calls_when_idle,
-            has_kick_notifier=True,
-            has_call_notifier=True,
         )
         self.track: Track | None = None
         self.slow: SlowFacts | None = None

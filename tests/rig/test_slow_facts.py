@@ -130,6 +130,8 @@ def test_a_stopped_back_end_is_seen(machine: LabMachine) -> None:
     pid = machine.backend_pid("vub0")
     before = facts(machine, "vub0")
     assert before.kick_holders == 1
+    # The storage daemon polls its few descriptors without an epoll set (util/fdmon-poll.c).
+    assert before.kick_polled is not False
     assert {thread.pid for thread in before.backend_threads} == {pid}
     assert ThreadState.STOPPED not in {thread.state for thread in before.backend_threads}
     os.kill(pid, signal.SIGSTOP)

@@ -109,6 +109,7 @@ def hostile_facts(rng: random.Random) -> SlowFacts | None:
         driver_ok=rng.choice(yes_no),
         broken=rng.choice((None, False, False, True)),
         kick_holders=rng.choice((None, 0, 1)),
+        kick_polled=rng.choice(yes_no),
         backend_threads=threads,
         vcpu_threads=threads[:1],
         msix_enabled=rng.choice(yes_no),
@@ -130,8 +131,6 @@ def judge_hostile_samples(rng: random.Random) -> None:
         rng.random() < 0.5,
         rng.choice(list(BackendKind)),
         rng.choice(list(QueueRole)),
-        rng.random() < 0.5,
-        True,
         rng.random() < 0.5,
     )
     sample = hostile_sample(rng, 0.0)

@@ -57,7 +57,7 @@ def blk(
     """A request queue whose driver keeps its calls on."""
     return QueueFixed(
         "/machine/peripheral/blk0", 0, size, layout, event_idx, backend, QueueRole.REQUEST,
-        calls_when_idle=True, has_kick_notifier=True, has_call_notifier=True,
+        calls_when_idle=True,
     )  # fmt: skip
 
 

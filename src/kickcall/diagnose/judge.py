@@ -134,6 +134,9 @@ def _slow_evidence(view: View) -> Iterator[Evidence]:
         yield Evidence("MSI-X vector", slow.vector, slow.at)
     if slow.kick_holders is not None:
         yield Evidence("other holders of the kick notifier", slow.kick_holders, slow.at)
+    if slow.kick_polled is not None:
+        polled = "yes" if slow.kick_polled else "no"
+        yield Evidence("kick notifier in an epoll set", polled, slow.at)
     for role, threads in (("back-end", slow.backend_threads), ("vCPU", slow.vcpu_threads)):
         for thread in threads:
             yield Evidence(

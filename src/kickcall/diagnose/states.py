@@ -37,8 +37,6 @@ class QueueFixed:
     calls_when_idle: bool
     """The driver keeps its calls switched on while it is idle (blk, scsi), where others may switch
     them off and reap later (net TX)."""
-    has_kick_notifier: bool
-    has_call_notifier: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +102,9 @@ class SlowFacts:
     broken: bool | None = None
     kick_holders: int | None = None
     """Processes other than the VMM that hold the kick notifier (vhost-user only)."""
+    kick_polled: bool | None = None
+    """Who reads the kick notifier has it in an epoll set; None where it has no such set, and may
+    poll by other means."""
     backend_threads: tuple[BackendThread, ...] = ()
     """Who should read the kick notifier: the iothread or main loop, or the back-end's threads."""
     vcpu_threads: tuple[BackendThread, ...] = ()
