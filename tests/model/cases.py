@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kickcall.diagnose.judge import decide, judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.states import (
     BackendThread,
+    InterruptPath,
     QueueFixed,
     QueueRole,
     Sample,
@@ -367,13 +368,15 @@ class Run:
                     else ThreadState.SLEEPING,
                 ),
             ),
-            msix_enabled=True,
-            function_masked=barrier == "function",
-            vector=None if case.kind in POLLED else 1,
-            vector_masked=barrier == "vector",
-            vector_pending=device.pending,
-            bus_master=barrier != "bus master",
-            intx_disabled=True,
+            interrupts=InterruptPath(
+                msix_enabled=True,
+                function_masked=barrier == "function",
+                vector=None if case.kind in POLLED else 1,
+                vector_masked=barrier == "vector",
+                vector_pending=device.pending,
+                bus_master=barrier != "bus master",
+                intx_disabled=True,
+            ),
         )
 
     def _backend_state(self) -> tuple[ThreadState, str]:

@@ -17,6 +17,7 @@ import pytest
 from kickcall.diagnose.judge import judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.states import (
     BackendThread,
+    InterruptPath,
     QueueFixed,
     QueueRole,
     Sample,
@@ -112,13 +113,15 @@ def hostile_facts(rng: random.Random) -> SlowFacts | None:
         kick_polled=rng.choice(yes_no),
         backend_threads=threads,
         vcpu_threads=threads[:1],
-        msix_enabled=rng.choice(yes_no),
-        function_masked=rng.choice(yes_no),
-        vector=rng.choice((None, 0, 1, 0xFFFE)),
-        vector_masked=rng.choice(yes_no),
-        vector_pending=rng.choice(yes_no),
-        bus_master=rng.choice(yes_no),
-        intx_disabled=rng.choice(yes_no),
+        interrupts=InterruptPath(
+            msix_enabled=rng.choice(yes_no),
+            function_masked=rng.choice(yes_no),
+            vector=rng.choice((None, 0, 1, 0xFFFE)),
+            vector_masked=rng.choice(yes_no),
+            vector_pending=rng.choice(yes_no),
+            bus_master=rng.choice(yes_no),
+            intx_disabled=rng.choice(yes_no),
+        ),
     )
 
 

@@ -38,7 +38,6 @@ def slow_facts(
     status = monitor.execute("query-status")
     driver_ok, broken = _status(monitor, mapped)
     server = serving(session, monitor, mapped, queue, holders or Holders())
-    interrupts = interrupt_path(session, monitor, mapped, queue)
     return SlowFacts(
         at=time.monotonic() if at is None else at,
         vm_running=bool(status["running"]),
@@ -49,13 +48,7 @@ def slow_facts(
         kick_polled=server.polled,
         backend_threads=server.threads,
         vcpu_threads=vcpu_threads(monitor, session.process.pid),
-        msix_enabled=interrupts.msix_enabled,
-        function_masked=interrupts.function_masked,
-        vector=interrupts.vector,
-        vector_masked=interrupts.vector_masked,
-        vector_pending=interrupts.vector_pending,
-        bus_master=interrupts.bus_master,
-        intx_disabled=interrupts.intx_disabled,
+        interrupts=interrupt_path(session, monitor, mapped, queue),
     )
 
 
