@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kickcall.diagnose.judge import decide, judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.states import (
     BackendThread,
+    InterruptPath,
     QueueFixed,
     QueueRole,
     Sample,
@@ -217,8 +218,6 @@ class Run:
             backend=case.backend,
             role=case.role,
             calls_when_idle=case.calls_when_idle,
-            has_kick_notifier=True,
-            has_call_notifier=True,
         )
         self.track: Track | None = None
         self.slow: SlowFacts | None = None
@@ -369,13 +368,15 @@ class Run:
                     else ThreadState.SLEEPING,
                 ),
             ),
-            msix_enabled=True,
-            function_masked=barrier == "function",
-            vector=None if case.kind in POLLED else 1,
-            vector_masked=barrier == "vector",
-            vector_pending=device.pending,
-            bus_master=barrier != "bus master",
-            intx_disabled=True,
+            interrupts=InterruptPath(
+                msix_enabled=True,
+                function_masked=barrier == "function",
+                vector=None if case.kind in POLLED else 1,
+                vector_masked=barrier == "vector",
+                vector_pending=device.pending,
+                bus_master=barrier != "bus master",
+                intx_disabled=True,
+            ),
         )
 
     def _backend_state(self) -> tuple[ThreadState, str]:

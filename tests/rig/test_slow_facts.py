@@ -61,17 +61,25 @@ def test_a_healthy_queue_has_no_obstacle(machine: LabMachine) -> None:
     found = facts(machine, "blk0", 1)
     assert (found.vm_running, found.run_state) == (True, "running")
     assert (found.driver_ok, found.broken) == (True, False)
-    assert (found.msix_enabled, found.function_masked, found.bus_master) == (True, False, True)
+    assert (
+        found.interrupts.msix_enabled,
+        found.interrupts.function_masked,
+        found.interrupts.bus_master,
+    ) == (True, False, True)
     # Linux gives vector 0 to configuration changes, then one to each queue, and switches INTx off.
-    assert (found.vector, found.vector_masked, found.vector_pending) == (2, False, False)
-    assert found.intx_disabled is True
+    assert (
+        found.interrupts.vector,
+        found.interrupts.vector_masked,
+        found.interrupts.vector_pending,
+    ) == (2, False, False)
+    assert found.interrupts.intx_disabled is True
     assert found.kick_holders is None
     assert len(found.vcpu_threads) == machine.spec.cpus
 
 
 def test_a_queue_without_a_vector_has_none(machine: LabMachine) -> None:
     # Linux polls the control queue.
-    assert facts(machine, "net0", 2).vector is None
+    assert facts(machine, "net0", 2).interrupts.vector is None
 
 
 def test_the_main_loop_or_the_iothread_serves_a_queue(machine: LabMachine) -> None:
@@ -90,12 +98,12 @@ def test_a_masked_vector_is_seen(machine: LabMachine) -> None:
     try:
         machine.guest.run(f"devmem {address:#x} 32 1")
         found = facts(machine, "iot0")
-        assert (found.vector, found.vector_masked) == (1, True)
+        assert (found.interrupts.vector, found.interrupts.vector_masked) == (1, True)
         # To read the pending bits would make QEMU take the vector's call.
-        assert found.vector_pending is None
+        assert found.interrupts.vector_pending is None
     finally:
         machine.guest.run(f"devmem {address:#x} 32 0")
-    assert facts(machine, "iot0").vector_masked is False
+    assert facts(machine, "iot0").interrupts.vector_masked is False
 
 
 def test_a_masked_function_is_seen(machine: LabMachine) -> None:
@@ -105,10 +113,10 @@ def test_a_masked_function_is_seen(machine: LabMachine) -> None:
     flags = int(raw, 16)
     try:
         write_config(machine, config, at, flags | 0x40)  # bit 14 of Message Control
-        assert facts(machine, "iot0").function_masked is True
+        assert facts(machine, "iot0").interrupts.function_masked is True
     finally:
         write_config(machine, config, at, flags)
-    assert facts(machine, "iot0").function_masked is False
+    assert facts(machine, "iot0").interrupts.function_masked is False
 
 
 def msix_control(machine: LabMachine, config: str) -> int:
@@ -130,6 +138,8 @@ def test_a_stopped_back_end_is_seen(machine: LabMachine) -> None:
     pid = machine.backend_pid("vub0")
     before = facts(machine, "vub0")
     assert before.kick_holders == 1
+    # The storage daemon polls its few descriptors without an epoll set (util/fdmon-poll.c).
+    assert before.kick_polled is not False
     assert {thread.pid for thread in before.backend_threads} == {pid}
     assert ThreadState.STOPPED not in {thread.state for thread in before.backend_threads}
     os.kill(pid, signal.SIGSTOP)
@@ -154,16 +164,24 @@ def test_bus_mastering_off_is_seen(machine: LabMachine) -> None:
         device = next(one for one in session.devices if one.device.id == "slow0")
         with session.borrow() as monitor:
             assert interrupt_path(session, monitor, device, 0).bus_master is False
-    assert facts(machine, "blk0").bus_master is True
+    assert facts(machine, "blk0").interrupts.bus_master is True
 
 
 def test_without_ecam_only_what_is_memory_is_told(guest_image_built: object) -> None:
     spec = MachineSpec(devices=(VirtioBlk(id="blk0", slot=4),), arguments=("-M", "pc"))
     with boot(spec) as machine:
         found = facts(machine, "blk0")
-        assert (found.msix_enabled, found.function_masked, found.intx_disabled) == (None,) * 3
-        assert (found.vector, found.vector_masked, found.vector_pending) == (1, False, False)
-        assert found.bus_master is True
+        assert (
+            found.interrupts.msix_enabled,
+            found.interrupts.function_masked,
+            found.interrupts.intx_disabled,
+        ) == (None,) * 3
+        assert (
+            found.interrupts.vector,
+            found.interrupts.vector_masked,
+            found.interrupts.vector_pending,
+        ) == (1, False, False)
+        assert found.interrupts.bus_master is True
         write_config(machine, "/sys/bus/pci/devices/0000:00:04.0/config", 4, 0x03)
         with attach(machine.name) as attached:
             session = attached._session

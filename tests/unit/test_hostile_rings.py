@@ -17,6 +17,7 @@ import pytest
 from kickcall.diagnose.judge import judge, looks_stalled, wants_slow_facts
 from kickcall.diagnose.states import (
     BackendThread,
+    InterruptPath,
     QueueFixed,
     QueueRole,
     Sample,
@@ -109,15 +110,18 @@ def hostile_facts(rng: random.Random) -> SlowFacts | None:
         driver_ok=rng.choice(yes_no),
         broken=rng.choice((None, False, False, True)),
         kick_holders=rng.choice((None, 0, 1)),
+        kick_polled=rng.choice(yes_no),
         backend_threads=threads,
         vcpu_threads=threads[:1],
-        msix_enabled=rng.choice(yes_no),
-        function_masked=rng.choice(yes_no),
-        vector=rng.choice((None, 0, 1, 0xFFFE)),
-        vector_masked=rng.choice(yes_no),
-        vector_pending=rng.choice(yes_no),
-        bus_master=rng.choice(yes_no),
-        intx_disabled=rng.choice(yes_no),
+        interrupts=InterruptPath(
+            msix_enabled=rng.choice(yes_no),
+            function_masked=rng.choice(yes_no),
+            vector=rng.choice((None, 0, 1, 0xFFFE)),
+            vector_masked=rng.choice(yes_no),
+            vector_pending=rng.choice(yes_no),
+            bus_master=rng.choice(yes_no),
+            intx_disabled=rng.choice(yes_no),
+        ),
     )
 
 
@@ -130,8 +134,6 @@ def judge_hostile_samples(rng: random.Random) -> None:
         rng.random() < 0.5,
         rng.choice(list(BackendKind)),
         rng.choice(list(QueueRole)),
-        rng.random() < 0.5,
-        True,
         rng.random() < 0.5,
     )
     sample = hostile_sample(rng, 0.0)

@@ -6,7 +6,7 @@ Each test is a conversation: what was seen of the queue, sample by sample, then 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +14,7 @@ from kickcall.diagnose.judge import is_undecided, judge, looks_stalled, wants_sl
 from kickcall.diagnose.rules import RULES
 from kickcall.diagnose.states import (
     BackendThread,
+    InterruptPath,
     QueueFixed,
     QueueRole,
     Sample,
@@ -37,13 +38,15 @@ WELL = SlowFacts(
     run_state="running",
     driver_ok=True,
     broken=False,
-    msix_enabled=True,
-    function_masked=False,
-    vector=1,
-    vector_masked=False,
-    vector_pending=False,
-    bus_master=True,
-    intx_disabled=True,
+    interrupts=InterruptPath(
+        msix_enabled=True,
+        function_masked=False,
+        vector=1,
+        vector_masked=False,
+        vector_pending=False,
+        bus_master=True,
+        intx_disabled=True,
+    ),
 )
 
 
@@ -57,7 +60,7 @@ def blk(
     """A request queue whose driver keeps its calls on."""
     return QueueFixed(
         "/machine/peripheral/blk0", 0, size, layout, event_idx, backend, QueueRole.REQUEST,
-        calls_when_idle=True, has_kick_notifier=True, has_call_notifier=True,
+        calls_when_idle=True,
     )  # fmt: skip
 
 
@@ -150,6 +153,11 @@ def thread(state: ThreadState, waits_in: str = "") -> BackendThread:
 
 def backend(state: ThreadState, waits_in: str = "") -> SlowFacts:
     return replace(WELL, backend_threads=(thread(state, waits_in),))
+
+
+def switched(**switches: Any) -> SlowFacts:
+    """All is well but for these switches on the interrupt's way."""
+    return replace(WELL, interrupts=replace(WELL.interrupts, **switches))
 
 
 IN_ITS_LOOP = backend(ThreadState.SLEEPING, "ppoll")
@@ -426,7 +434,7 @@ def test_work_that_is_done_and_not_reaped_has_lost_its_call(
 
 @pytest.mark.parametrize(("fixed", "sample"), UNREAPED)
 @pytest.mark.parametrize(
-    ("facts", "said"),
+    ("switches", "said"),
     [
         ({"vector_masked": True}, (V.INTERRUPT_BLOCKED, 9)),
         ({"function_masked": True}, (V.INTERRUPT_BLOCKED, 9)),
@@ -434,14 +442,18 @@ def test_work_that_is_done_and_not_reaped_has_lost_its_call(
         ({"msix_enabled": False, "vector": None}, (V.INTERRUPT_BLOCKED, 9)),
         ({"msix_enabled": False, "intx_disabled": False}, (V.LOST_CALL, 8)),
         ({"vector_pending": True}, (V.LOST_CALL, 9)),
-        ({"vcpu_threads": (thread(ThreadState.STOPPED),)}, (V.DRIVER_STUCK, 10)),
     ],
 )
 def test_a_call_that_does_not_arrive_is_traced_further(
-    fixed: QueueFixed, sample: Sample, facts: dict[str, object], said: tuple[VerdictKind, int]
+    fixed: QueueFixed, sample: Sample, switches: dict[str, Any], said: tuple[VerdictKind, int]
 ) -> None:
-    slow = replace(WELL, **facts)  # type: ignore[arg-type]
-    assert says(verdict(fixed, (1.0, sample), slow=slow)) == said
+    assert says(verdict(fixed, (1.0, sample), slow=switched(**switches))) == said
+
+
+@pytest.mark.parametrize(("fixed", "sample"), UNREAPED)
+def test_a_driver_whose_processor_is_stopped_is_stuck(fixed: QueueFixed, sample: Sample) -> None:
+    slow = replace(WELL, vcpu_threads=(thread(ThreadState.STOPPED),))
+    assert says(verdict(fixed, (1.0, sample), slow=slow)) == (V.DRIVER_STUCK, 10)
 
 
 def test_a_guest_that_is_busy_gets_a_slow_devices_time() -> None:
@@ -590,7 +602,7 @@ def test_a_queue_at_rest_is_well(fixed: QueueFixed, sample: Sample) -> None:
 )
 def test_a_queue_without_a_vector_is_polled(fixed: QueueFixed, sample: Sample) -> None:
     """blk poll queues, firmware, DPDK."""
-    said = verdict(fixed, (60.0, sample), slow=replace(WELL, vector=None))
+    said = verdict(fixed, (60.0, sample), slow=switched(vector=None))
     assert says(said) == (V.IDLE, 0)
 
 
@@ -747,9 +759,11 @@ def test_calls_that_stay_off_without_msix_may_be_firmware(layout: Layout) -> Non
     if layout is Layout.PACKED:
         sample = packed(11, 11, 11, calls=DISABLE)
     fixed = blk(layout, event_idx=False)
-    intx = replace(WELL, msix_enabled=False, intx_disabled=False, vector=None)
+    intx = switched(msix_enabled=False, intx_disabled=False, vector=None)
     said = verdict(fixed, (1.0, sample), slow=intx)
     assert (says(said), said.event) == ((V.UNKNOWN, 0), DeviceEvent.CALL)
     # With no interrupt at all it polls.
-    said = verdict(fixed, (1.0, sample), slow=replace(intx, intx_disabled=True))
+    said = verdict(
+        fixed, (1.0, sample), slow=switched(msix_enabled=False, intx_disabled=True, vector=None)
+    )
     assert says(said) == (V.IDLE, 0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kickcall.diagnose.rules import RULES
-from kickcall.diagnose.states import QueueFixed, Sample, SlowFacts
+from kickcall.diagnose.states import InterruptPath, QueueFixed, Sample, SlowFacts
 from kickcall.model import VerdictKind
 from markdown_pages import ROOT
 
@@ -37,7 +37,12 @@ def test_the_page_of_the_rules_is_what_the_script_draws(draw_rules: ModuleType) 
 def test_every_question_of_a_rule_is_answered_in_words(draw_rules: ModuleType) -> None:
     page = (ROOT / "docs" / "rules.md").read_text()
     asked = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", " ".join(draw_rules.conditions())))
-    plain = {*QueueFixed.__slots__, *Sample.__slots__, *SlowFacts.__slots__}
+    plain = {
+        *QueueFixed.__slots__,
+        *Sample.__slots__,
+        *SlowFacts.__slots__,
+        *InterruptPath.__slots__,
+    }
     for name in asked - plain:
         assert f"\n`{name}`\n:   " in page, name
 

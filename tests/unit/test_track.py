@@ -22,7 +22,7 @@ from kickcall.model import BackendKind, Layout
 
 SPLIT = QueueFixed(
     "/machine/peripheral/blk0", 0, 8, Layout.SPLIT, True, BackendKind.QEMU, QueueRole.REQUEST,
-    calls_when_idle=True, has_kick_notifier=True, has_call_notifier=True,
+    calls_when_idle=True,
 )  # fmt: skip
 PACKED = replace(SPLIT, layout=Layout.PACKED)
 IDLE = Sample(0.0, 10, 10, 10, 0, 0, 10, 10, 0, 0)

@@ -122,18 +122,21 @@ def _slow_evidence(view: View) -> Iterator[Evidence]:
     for what, value in (
         ("DRIVER_OK", slow.driver_ok),
         ("broken", slow.broken),
-        ("bus master", slow.bus_master),
-        ("MSI-X enabled", slow.msix_enabled),
-        ("MSI-X function mask", slow.function_masked),
-        ("MSI-X vector masked", slow.vector_masked),
-        ("MSI-X vector pending", slow.vector_pending),
+        ("bus master", slow.interrupts.bus_master),
+        ("MSI-X enabled", slow.interrupts.msix_enabled),
+        ("MSI-X function mask", slow.interrupts.function_masked),
+        ("MSI-X vector masked", slow.interrupts.vector_masked),
+        ("MSI-X vector pending", slow.interrupts.vector_pending),
     ):
         if value is not None:
             yield Evidence(what, "yes" if value else "no", slow.at)
-    if slow.vector is not None:
-        yield Evidence("MSI-X vector", slow.vector, slow.at)
+    if slow.interrupts.vector is not None:
+        yield Evidence("MSI-X vector", slow.interrupts.vector, slow.at)
     if slow.kick_holders is not None:
         yield Evidence("other holders of the kick notifier", slow.kick_holders, slow.at)
+    if slow.kick_polled is not None:
+        polled = "yes" if slow.kick_polled else "no"
+        yield Evidence("kick notifier in an epoll set", polled, slow.at)
     for role, threads in (("back-end", slow.backend_threads), ("vCPU", slow.vcpu_threads)):
         for thread in threads:
             yield Evidence(

@@ -269,7 +269,7 @@ RULES: tuple[Rule, ...] = (
             view.call_was_owed
             and view.driver_had_every_chance
             and view.slow is not None
-            and view.slow.vector_pending is True
+            and view.slow.interrupts.vector_pending is True
         ),
         "The interrupt is pending in the device, is not masked, and was not delivered.",
         "PCI: MSI-X pending bits",

@@ -6,7 +6,7 @@ All of it is plain data. Whoever samples says when; the judge has no clock.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ class QueueFixed:
     calls_when_idle: bool
     """The driver keeps its calls switched on while it is idle (blk, scsi), where others may switch
     them off and reap later (net TX)."""
-    has_kick_notifier: bool
-    has_call_notifier: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +92,20 @@ class BackendThread:
 
 
 @dataclass(frozen=True, slots=True)
+class InterruptPath:
+    """The switches between a queue's call and the driver. None: could not be known."""
+
+    msix_enabled: bool | None = None
+    function_masked: bool | None = None
+    vector: int | None = None
+    """The queue's MSI-X vector; None where it has none, too."""
+    vector_masked: bool | None = None
+    vector_pending: bool | None = None
+    bus_master: bool | None = None
+    intx_disabled: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SlowFacts:
     """What is looked up only when a queue looks stalled. None: could not be known."""
 
@@ -104,17 +116,13 @@ class SlowFacts:
     broken: bool | None = None
     kick_holders: int | None = None
     """Processes other than the VMM that hold the kick notifier (vhost-user only)."""
+    kick_polled: bool | None = None
+    """Who reads the kick notifier has it in an epoll set; None where it has no such set, and may
+    poll by other means."""
     backend_threads: tuple[BackendThread, ...] = ()
     """Who should read the kick notifier: the iothread or main loop, or the back-end's threads."""
     vcpu_threads: tuple[BackendThread, ...] = ()
-    msix_enabled: bool | None = None
-    function_masked: bool | None = None
-    vector: int | None = None
-    """The queue's MSI-X vector; None where it has none."""
-    vector_masked: bool | None = None
-    vector_pending: bool | None = None
-    bus_master: bool | None = None
-    intx_disabled: bool | None = None
+    interrupts: InterruptPath = field(default_factory=InterruptPath)
 
 
 @dataclass(frozen=True, slots=True)

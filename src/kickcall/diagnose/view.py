@@ -379,13 +379,17 @@ class View:
 
         Without one it may poll: firmware, blk poll queues, DPDK.
         """
-        return self.slow is not None and self.slow.vector is not None
+        return self.slow is not None and self.slow.interrupts.vector is not None
 
     @property
     def may_use_intx(self) -> bool:
         """The device can raise INTx, and no vector tells whether the driver wants interrupts."""
         slow = self.slow
-        return slow is not None and slow.msix_enabled is False and slow.intx_disabled is False
+        return (
+            slow is not None
+            and slow.interrupts.msix_enabled is False
+            and slow.interrupts.intx_disabled is False
+        )
 
     @property
     def calls_left_off(self) -> bool:
@@ -407,17 +411,17 @@ class View:
     @property
     def interrupt_barrier(self) -> str:
         """What keeps the queue's interrupt from the driver, in words; empty if nothing seen."""
-        slow = self.slow
-        if slow is None:
+        if self.slow is None:
             return ""
-        if slow.bus_master is False:
+        path = self.slow.interrupts
+        if path.bus_master is False:
             return "bus master enable is off"
-        if slow.msix_enabled:
-            if slow.function_masked:
+        if path.msix_enabled:
+            if path.function_masked:
                 return "the MSI-X function mask is set"
-            if slow.vector_masked:
+            if path.vector_masked:
                 return "the queue's MSI-X vector is masked"
-        if slow.msix_enabled is False and slow.intx_disabled:
+        if path.msix_enabled is False and path.intx_disabled:
             return "INTx is disabled and MSI-X is off"
         return ""
 

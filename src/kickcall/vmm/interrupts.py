@@ -17,6 +17,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kickcall.diagnose.states import InterruptPath
 from kickcall.errors import QmpCommandError
 from kickcall.host import memory
 from kickcall.vmm.pci import functions
@@ -41,20 +42,6 @@ _VECTORS_MAX = 2048
 
 _REGION = re.compile(r"^\s*([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:i/o|ram)\): (\S+)")
 _DUMP = re.compile(r"^[0-9a-f]+:((?: 0x[0-9a-f]{8})+)\s*$", re.M)
-
-
-@dataclass(frozen=True, slots=True)
-class InterruptPath:
-    """The switches between a queue's call and the driver. None: could not be known."""
-
-    msix_enabled: bool | None = None
-    function_masked: bool | None = None
-    vector: int | None = None
-    """None where the queue has none, too."""
-    vector_masked: bool | None = None
-    vector_pending: bool | None = None
-    bus_master: bool | None = None
-    intx_disabled: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,20 +15,34 @@ from __future__ import annotations
 import struct
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
-from kickcall.diagnose.states import QueueFixed, QueueRole, Sample
+from kickcall.diagnose.states import QueueFixed, Sample
 from kickcall.errors import KickcallError
 from kickcall.host import memory
 from kickcall.host.counts import Counts
 from kickcall.host.gather import Gather
 from kickcall.host.rows import MappedRows, ReadRows
 from kickcall.host.shared_memory import map_shared
-from kickcall.model import BackendKind, Layout
+from kickcall.model import Layout
 from kickcall.virtio import packed, split
 from kickcall.vmm import layout as layouts
-from kickcall.vmm.observe import locate, packed_positions
+from kickcall.vmm.observe import locate
 from kickcall.vmm.roles import use_of
+from kickcall.vmm.sampled_queue import (
+    MOVED,
+    RENEWED,
+    UNMAPPED,
+    SampledQueue,
+    fits,
+    fixed_parts,
+    is_waiting,
+    note_difference,
+    record_field,
+    split_values,
+    take_event_areas,
+    take_positions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -45,11 +59,6 @@ COARSE_S = 0.25
 
 _DESC_FLAGS_AT = 14
 """Offset of `flags` in `struct pvirtq_desc` (virtio 1.4, 2.8.13)."""
-_UNMAPPED = "its memory is no longer mapped in QEMU"
-_ANEW = "the driver set it up anew"
-_RESET = "the driver reset it"
-_MOVED = "QEMU's record of it belongs to another device"
-_RENEWED = "its notifiers were replaced"
 
 
 def next_interval(stalled: bool, last: float = COARSE_S) -> float:
@@ -59,21 +68,6 @@ def next_interval(stalled: bool, last: float = COARSE_S) -> float:
     well again the steps grow twofold, so that a queue that stumbles is not lost from sight.
     """
     return FINE_S if stalled else min(COARSE_S, max(last, FINE_S) * 2)
-
-
-class Values(NamedTuple):
-    """What the rings and QEMU's record of the queue say, in the order of a `Sample`."""
-
-    avail_idx: int | None = None
-    used_idx: int | None = None
-    last_avail_idx: int | None = None
-    avail_flags: int | None = None
-    used_flags: int | None = None
-    used_event: int | None = None
-    avail_event: int | None = None
-
-
-_NOTHING = Values()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,44 +80,6 @@ class Look:
     waiting: tuple[int, ...]
     """Queues that are not at rest: work is outstanding, or not reaped, or a notifier is not empty.
     All others can be neither stalled nor about to be."""
-
-
-@dataclass(slots=True, eq=False)
-class _Queue:
-    """What is known of one queue between two looks."""
-
-    number: int
-    mapped: MappedDevice
-    map: QueueMap
-    fixed: QueueFixed
-    where: list[Field]
-    """As `observe.locate` has them."""
-    position_at: int | None
-    """Where in QEMU's record of the queue its own position stands; None where it means nothing."""
-    cannot: str
-    """Why the rings cannot be read at all."""
-    expected: tuple[bytes, ...] = ()
-    """What in QEMU's record must stay as it is."""
-    problem: str = ""
-    """Why the queue is no longer what was mapped."""
-    renewed: bool = False
-    """Its notifiers are no longer those that were mapped."""
-    head: int | None = None
-    """Number of the field that holds the flags of the next descriptor (packed)."""
-    values: Values = _NOTHING
-    kick_count: int | None = None
-    call_count: int | None = None
-    waiting: bool = True
-
-    def state(self) -> tuple[object, ...]:
-        """Return what makes two looks at the queue differ."""
-        return self.values, self.problem, self.renewed, self.kick_count, self.call_count
-
-    def sample(self, at: float) -> Sample:
-        """Return what is known as a Sample."""
-        reason = self.cannot or self.problem
-        values = _NOTHING if reason else self.values
-        return Sample(at, *values, self.kick_count, self.call_count, reason)
 
 
 class Sampler:
@@ -215,7 +171,7 @@ class Sampler:
     def stale(self) -> dict[int, str]:
         """The queues that are no longer what was mapped, and why: time for `refresh`."""
         return {
-            queue.number: queue.problem or _RENEWED
+            queue.number: queue.problem or RENEWED
             for queue in self._queues
             if queue.problem or queue.renewed
         }
@@ -266,8 +222,8 @@ class Sampler:
         self._at = time.monotonic()
         self._waiting = set()
         self._lingering = set()
-        self._records = ReadRows(pid, [[_record(queue)] for queue in self._queues])
-        owners: dict[int, tuple[bytes, list[_Queue]]] = {}
+        self._records = ReadRows(pid, [[record_field(queue)] for queue in self._queues])
+        owners: dict[int, tuple[bytes, list[SampledQueue]]] = {}
         for queue in self._queues:
             array = queue.mapped.array
             assert array is not None
@@ -289,12 +245,12 @@ class Sampler:
                 if element.rings.desc:
                     yield device, device.queue_map(number)
 
-    def _queue(self, number: int, mapped: MappedDevice, queue: QueueMap) -> _Queue:
+    def _queue(self, number: int, mapped: MappedDevice, queue: QueueMap) -> SampledQueue:
         device = mapped.device
         use = use_of(device, queue.index)
         where, cannot = locate(self._session, mapped, queue)
         positions = self._session.position_ranges(mapped, queue)
-        return _Queue(
+        return SampledQueue(
             number=number,
             mapped=mapped,
             map=queue,
@@ -307,8 +263,6 @@ class Sampler:
                 backend=device.backend,
                 role=use.role,
                 calls_when_idle=use.calls_when_idle,
-                has_kick_notifier=queue.kick is not None,
-                has_call_notifier=queue.call is not None,
             ),
             where=where,
             position_at=positions[0][0] - queue.virtqueue_address if positions else None,
@@ -361,14 +315,14 @@ class Sampler:
             array = queue.mapped.array
             assert array is not None
             if raw is None:
-                queue.problem = _UNMAPPED
+                queue.problem = UNMAPPED
                 continue
             was = array.elements[queue.map.index]
             now = layouts.decode(array.layout, raw)
             if now == was:
-                queue.expected = _fixed_parts(array.layout, raw)
+                queue.expected = fixed_parts(array.layout, raw)
             else:
-                _note_difference(queue, was, now)
+                note_difference(queue, was, now)
 
     # --- reading ---
 
@@ -389,24 +343,24 @@ class Sampler:
             moved.update(self._mapped_queues[k].number for k in self._mapped.read())
         return moved
 
-    def _check_record(self, queue: _Queue) -> None:
+    def _check_record(self, queue: SampledQueue) -> None:
         raw = self._records.row(queue.number)
         array = queue.mapped.array
         assert array is not None
         if raw is None:
-            queue.problem = _UNMAPPED
-        elif _fixed_parts(array.layout, raw) != queue.expected and not queue.problem:
+            queue.problem = UNMAPPED
+        elif fixed_parts(array.layout, raw) != queue.expected and not queue.problem:
             was = array.elements[queue.map.index]
-            _note_difference(queue, was, layouts.decode(array.layout, raw))
+            note_difference(queue, was, layouts.decode(array.layout, raw))
 
     def _check_owner(self, k: int, moved: set[int]) -> None:
         back, queues = self._owners[k]
         if self._owner_rows.row(k) != back:
             for queue in queues:
-                queue.problem = queue.problem or _MOVED
+                queue.problem = queue.problem or MOVED
                 moved.add(queue.number)
 
-    def _take_rings(self, queues: list[_Queue]) -> None:
+    def _take_rings(self, queues: list[SampledQueue]) -> None:
         """Take over what was read of split rings and of event areas."""
         odd = []
         readable = [queue for queue in queues if not (queue.cannot or queue.problem)]
@@ -423,25 +377,25 @@ class Sampler:
             rows, k = self._ring_of[queue.number]
             raw = rows.row(k)
             if raw is None:
-                queue.problem = _UNMAPPED
+                queue.problem = UNMAPPED
                 continue
             if queue.fixed.layout is Layout.PACKED:
-                _take_event_areas(queue, raw)
+                take_event_areas(queue, raw)
                 continue
             parts = [raw[:4], raw[4:8]]
             if queue.fixed.event_idx:
                 avail_event = avail_events.get(queue.number) or raw[10:]
                 if not avail_event:
-                    queue.problem = _UNMAPPED
+                    queue.problem = UNMAPPED
                     continue
                 parts += [raw[8:10], avail_event]
-            queue.values = _split_values(split.parse(parts), self._position(queue))
-            if not _fits(queue.values, queue.fixed.size):
+            queue.values = split_values(split.parse(parts), self._position(queue))
+            if not fits(queue.values, queue.fixed.size):
                 odd.append(queue)
         if odd:
             self._read_in_order(odd)
 
-    def _position(self, queue: _Queue) -> layouts.StoredPositions | None:
+    def _position(self, queue: SampledQueue) -> layouts.StoredPositions | None:
         if queue.position_at is None:
             return None
         raw = self._records.row(queue.number)
@@ -451,7 +405,7 @@ class Sampler:
             raw[queue.position_at : queue.position_at + layouts.POSITIONS_SIZE]
         )
 
-    def _read_in_order(self, queues: list[_Queue]) -> None:
+    def _read_in_order(self, queues: list[SampledQueue]) -> None:
         """Read split queues whose values did not fit, from downstream to upstream."""
         ranges: list[Field] = []
         for queue in queues:
@@ -472,9 +426,9 @@ class Sampler:
             order = (3, 1, 0, 2) if has_events else (1, 0)
             parts = [part for k in order if (part := answer[k]) is not None]
             if len(parts) < len(order):
-                queue.problem = _UNMAPPED
+                queue.problem = UNMAPPED
             else:
-                queue.values = _split_values(split.parse(parts), layouts.parse_positions(position))
+                queue.values = split_values(split.parse(parts), layouts.parse_positions(position))
 
     def _take_packed(self, look_at: set[int]) -> set[int]:
         """Read how far packed queues are, and take it over; return those that moved.
@@ -500,7 +454,7 @@ class Sampler:
                 continue
             position = self._packed_position(queue)
             if queue.head in self._heads.missing:
-                queue.problem = _UNMAPPED
+                queue.problem = UNMAPPED
                 moved.add(queue.number)
             elif position is None:
                 queue.values = queue.values._replace(
@@ -508,19 +462,19 @@ class Sampler:
                 )
             elif packed.available(int.from_bytes(flags, "little"), position.last_avail_wrap):
                 rings.append(queue)
-            elif _take_positions(queue, b"", position):
+            elif take_positions(queue, b"", position):
                 moved.add(queue.number)
         self._heads_before = heads
         return moved | self._read_packed_rings(rings)
 
-    def _packed_position(self, queue: _Queue) -> layouts.StoredPositions | None:
+    def _packed_position(self, queue: SampledQueue) -> layouts.StoredPositions | None:
         """Return the device's position; None where it lies outside the ring."""
         found = self._position(queue)
         if found is None or max(found.last_avail_idx, found.used_idx) >= queue.fixed.size:
             return None
         return found
 
-    def _read_packed_rings(self, queues: list[_Queue]) -> set[int]:
+    def _read_packed_rings(self, queues: list[SampledQueue]) -> set[int]:
         moved = set()
         ranges: list[Field] = []
         for queue in queues:
@@ -531,25 +485,25 @@ class Sampler:
         for k, queue in enumerate(queues):
             position, ring = layouts.parse_positions(found[2 * k]), found[2 * k + 1]
             if position is None or ring is None:
-                queue.problem = _UNMAPPED
+                queue.problem = UNMAPPED
                 moved.add(queue.number)
-            elif _take_positions(queue, ring, position):
+            elif take_positions(queue, ring, position):
                 moved.add(queue.number)
         return moved
 
     # --- notifiers ---
 
-    def _settle(self, queue: _Queue) -> None:
+    def _settle(self, queue: SampledQueue) -> None:
         """Read the counts of a queue that moved or is not at rest, and tell which it is."""
         queue.kick_count = self._count(queue, queue.map.kick)
         queue.call_count = self._count(queue, queue.map.call)
-        queue.waiting = not (queue.cannot or queue.problem) and _waiting(queue)
+        queue.waiting = not (queue.cannot or queue.problem) and is_waiting(queue)
         if queue.waiting:
             self._waiting.add(queue.number)
         else:
             self._waiting.discard(queue.number)
 
-    def _count(self, queue: _Queue, notifier: Notifier | None) -> int | None:
+    def _count(self, queue: SampledQueue, notifier: Notifier | None) -> int | None:
         if notifier is None:
             return None
         state = self._counts.read(notifier.fd)
@@ -557,83 +511,3 @@ class Sampler:
             queue.renewed = True
             return None
         return state.count
-
-
-def _record(queue: _Queue) -> Field:
-    assert queue.mapped.array is not None
-    return queue.map.virtqueue_address, queue.mapped.array.layout.stride
-
-
-def _fixed_parts(layout: layouts.Layout, raw: bytes) -> tuple[bytes, ...]:
-    """Return what of QEMU's record stays as long as the map holds: rings, number, notifiers."""
-    return (
-        raw[:4],
-        raw[layout.desc : layout.desc + 24],
-        raw[layout.index : layout.index + 2],
-        raw[layout.owner : layout.kick + layout.notifier_size],
-    )
-
-
-def _note_difference(queue: _Queue, was: layouts.Element, now: layouts.Element) -> None:
-    if now.rings != was.rings:
-        queue.problem = _ANEW if now.rings.desc else _RESET
-    elif (now.owner, now.index) != (was.owner, was.index):
-        queue.problem = _MOVED
-    elif (now.kick, now.call) != (was.kick, was.call):
-        queue.renewed = True
-
-
-def _split_values(ring: split.SplitRing, position: layouts.StoredPositions | None) -> Values:
-    return Values(
-        ring.avail_idx,
-        ring.used_idx,
-        None if position is None else position.last_avail_idx,
-        ring.avail_flags,
-        ring.used_flags,
-        ring.used_event,
-        ring.avail_event,
-    )
-
-
-def _fits(values: Values, size: int) -> bool:
-    """Tell whether used, fetched and published follow each other within the size of the ring."""
-    assert values.avail_idx is not None
-    assert values.used_idx is not None
-    whole = (values.avail_idx - values.used_idx) & 0xFFFF
-    if whole > size:
-        return False
-    last = values.last_avail_idx
-    return last is None or (last - values.used_idx) & 0xFFFF <= whole
-
-
-def _take_event_areas(queue: _Queue, raw: bytes) -> None:
-    driver, of_device = packed.parse_event(raw), packed.parse_event(raw[4:])
-    queue.values = queue.values._replace(
-        avail_flags=driver.mode,
-        used_flags=of_device.mode,
-        used_event=driver.desc,
-        avail_event=of_device.desc,
-    )
-
-
-def _take_positions(queue: _Queue, ring: bytes, position: layouts.StoredPositions) -> bool:
-    """Take over the positions of a packed queue; tell whether they changed."""
-    published, fetched, used = packed_positions(ring, position, queue.fixed.size)
-    before = queue.values
-    queue.values = before._replace(
-        avail_idx=published.encode(), used_idx=used.encode(), last_avail_idx=fetched.encode()
-    )
-    return queue.values != before
-
-
-def _waiting(queue: _Queue) -> bool:
-    values, fixed = queue.values, queue.fixed
-    if values.avail_idx is None or values.used_idx is None:
-        return True
-    if fixed.role is QueueRole.REQUEST and values.avail_idx != values.used_idx:
-        return True
-    tells = fixed.layout is Layout.SPLIT or values.avail_flags == packed.EVENT_FLAGS_DESC
-    if tells and values.used_event is not None and values.used_event != values.used_idx:
-        return True
-    unread = queue.kick_count and fixed.backend is not BackendKind.VHOST_KERNEL
-    return bool(unread or queue.call_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kickcall.diagnose.states import BackendThread, ThreadState
@@ -115,11 +116,27 @@ class Holders:
 
 
 def _holds(pid: int, eventfd_id: int) -> bool:
+    return bool(_descriptors(pid, eventfd_id))
+
+
+def _descriptors(pid: int, eventfd_id: int) -> list[int]:
+    """Return which descriptors of process `pid` are that eventfd; none where it cannot be seen."""
     try:
         states = eventfds.eventfds_of(pid)
     except KickcallError:
-        return False
-    return any(state.eventfd_id == eventfd_id for state in states.values())
+        return []
+    return [fd for fd, state in states.items() if state.eventfd_id == eventfd_id]
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Who serves a queue, and reads its kick notifier if it has one."""
+
+    holders: int | None = None
+    """How many other processes hold the kick notifier (vhost-user only)."""
+    polled: bool | None = None
+    """One of them has it in an epoll set. None: not known."""
+    threads: tuple[BackendThread, ...] = ()
 
 
 def serving(
@@ -128,24 +145,36 @@ def serving(
     mapped: MappedDevice,
     queue: int,
     holders: Holders,
-) -> tuple[int | None, tuple[BackendThread, ...]]:
-    """Return how many other processes hold the kick notifier (vhost-user only), and who reads it.
+) -> Serving:
+    """Return who serves a queue.
 
-    A queue without a kick notifier is served by whichever virtual CPU kicks it: no threads.
+    One without a kick notifier is served by whichever virtual CPU kicks it: no threads.
     """
     pid = session.process.pid
     kick = mapped.queue_map(queue).kick
     if kick is None:
-        return None, ()
+        return Serving()
     match mapped.device.backend:
         case BackendKind.QEMU:
-            return None, qemu_threads(monitor, pid, mapped, queue)
+            return Serving(threads=qemu_threads(monitor, pid, mapped, queue))
         case BackendKind.VHOST_KERNEL:
-            return None, _as_backend(threads.vhost_workers(pid))
+            return Serving(threads=_as_backend(threads.vhost_workers(pid)))
         case BackendKind.VHOST_USER:
             pids, all_seen = holders.of(pid, kick)
             found = [one for holder in pids for one in threads.threads_of(holder)]
-            return (len(pids) if pids or all_seen else None), _as_backend(found)
+            return Serving(
+                holders=len(pids) if pids or all_seen else None,
+                polled=_polled(pids, kick),
+                threads=_as_backend(found),
+            )
+
+
+def _polled(pids: Iterable[int], kick: Notifier) -> bool | None:
+    """Tell whether one of the processes has the notifier in an epoll set; None: not known."""
+    answers = {
+        threads.in_epoll(pid, fd) for pid in pids for fd in _descriptors(pid, kick.eventfd_id)
+    }
+    return None if answers <= {None} else True in answers
 
 
 def _looked_at(pid: int, tids: Iterable[int]) -> tuple[BackendThread, ...]:

@@ -37,24 +37,18 @@ def slow_facts(
     session.process.check_alive()
     status = monitor.execute("query-status")
     driver_ok, broken = _status(monitor, mapped)
-    kick_holders, backend = serving(session, monitor, mapped, queue, holders or Holders())
-    interrupts = interrupt_path(session, monitor, mapped, queue)
+    server = serving(session, monitor, mapped, queue, holders or Holders())
     return SlowFacts(
         at=time.monotonic() if at is None else at,
         vm_running=bool(status["running"]),
         run_state=str(status["status"]),
         driver_ok=driver_ok,
         broken=broken,
-        kick_holders=kick_holders,
-        backend_threads=backend,
+        kick_holders=server.holders,
+        kick_polled=server.polled,
+        backend_threads=server.threads,
         vcpu_threads=vcpu_threads(monitor, session.process.pid),
-        msix_enabled=interrupts.msix_enabled,
-        function_masked=interrupts.function_masked,
-        vector=interrupts.vector,
-        vector_masked=interrupts.vector_masked,
-        vector_pending=interrupts.vector_pending,
-        bus_master=interrupts.bus_master,
-        intx_disabled=interrupts.intx_disabled,
+        interrupts=interrupt_path(session, monitor, mapped, queue),
     )
 
 
