@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from kickcall.diagnose.track import advance, forgive, start
 from kickcall.diagnose.view import View
 from kickcall.errors import KickcallError, MonitorError
 from kickcall.model import Confidence, DeviceEvent, Evidence, Verdict, VerdictKind
+from kickcall.vmm.recorder import Recording, Which
 from kickcall.vmm.sampler import FINE_S, Sampler, next_interval
 from kickcall.vmm.serving import Holders
 from kickcall.vmm.slow_facts import facts_unasked, slow_facts
@@ -66,9 +68,14 @@ def diagnose(
     """
     limits = limits or Thresholds()
     chosen = [device] if device is not None else list(session.devices)
+    only = [(one, queue) for one in chosen]
     started = time.monotonic()
-    with Sampler(session, [(one, queue) for one in chosen]) as sampler:
-        watch = Watch(sampler)
+    with contextlib.ExitStack() as stack:
+        recording = None
+        # Evidence that costs nothing but itself where the kernel cannot give it, or may not.
+        with contextlib.suppress(KickcallError):
+            recording = stack.enter_context(Recording(session, only))
+        watch = Watch(stack.enter_context(Sampler(session, only)), recording)
         until = started + duration_s
         latest = until + limits.device_s + _MARGIN_S
         while True:
@@ -96,8 +103,9 @@ def diagnose(
 class Watch:
     """The histories of all queues of a sampler, kept by looking again and again."""
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, recording: Recording | None = None) -> None:
         self.sampler = sampler
+        self._recording = recording
         self.tracks = [start(sample) for sample in sampler.sample()]
         self._looked = time.monotonic()
         self._holders = Holders()
@@ -122,6 +130,27 @@ class Watch:
         queue = self.sampler.queues[number].queue
         mapped = self.sampler.devices[number]
         return slow_facts(session, mapped, queue, monitor, holders=self._holders)
+
+    def recorded(self, facts: dict[int, SlowFacts]) -> dict[int, SlowFacts]:
+        """Return the queues' facts with what the kernel saw of their notifications."""
+        if self._recording is None or not facts:
+            return facts
+        counts = self._recording.counts()
+
+        def last(number: int, event: DeviceEvent) -> float | None:
+            queue = self.sampler.queues[number]
+            counted = counts.get(Which(queue.device, queue.queue, event))
+            return None if counted is None else counted.last_at
+
+        return {
+            number: replace(
+                slow,
+                recorded_since=self._recording.started_at,
+                kicked_at=last(number, DeviceEvent.KICK),
+                called_at=last(number, DeviceEvent.CALL),
+            )
+            for number, slow in facts.items()
+        }
 
     def undecided(self, number: int, limits: Thresholds) -> bool:
         """Tell whether a queue stands still, by the rings alone, and is not called stalled yet."""
@@ -163,6 +192,7 @@ def _look_closely(session: VmmSession, watch: Watch, limits: Thresholds) -> list
             # A main loop that hangs answers nobody, and may be what is to be found.
             for number in suspects:
                 slow.setdefault(number, facts_unasked(session, watch.sampler.devices[number]))
+        slow = watch.recorded(slow)
         watch.look_after(0.0)
     return [
         _Watched(mapped, fixed, track, slow.get(number))

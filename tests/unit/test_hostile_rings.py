@@ -111,6 +111,9 @@ def hostile_facts(rng: random.Random) -> SlowFacts | None:
         broken=rng.choice((None, False, False, True)),
         kick_holders=rng.choice((None, 0, 1)),
         kick_polled=rng.choice(yes_no),
+        recorded_since=rng.choice((None, 0.0, 1.0)),
+        kicked_at=rng.choice((None, 0.5, 99.0)),
+        called_at=rng.choice((None, 0.5, 99.0)),
         backend_threads=threads,
         vcpu_threads=threads[:1],
         interrupts=InterruptPath(

@@ -132,6 +132,10 @@ def _slow_evidence(view: View) -> Iterator[Evidence]:
             yield Evidence(what, "yes" if value else "no", slow.at)
     if slow.interrupts.vector is not None:
         yield Evidence("MSI-X vector", slow.interrupts.vector, slow.at)
+    if slow.recorded_since is not None:
+        for what, last in (("kick", slow.kicked_at), ("call", slow.called_at)):
+            told = f"{slow.at - last:.3f} s ago" if last is not None else "none yet"
+            yield Evidence(f"last {what} that the kernel saw", told, slow.at)
     if slow.kick_holders is not None:
         yield Evidence("other holders of the kick notifier", slow.kick_holders, slow.at)
     if slow.kick_polled is not None:

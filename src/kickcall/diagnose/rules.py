@@ -164,6 +164,20 @@ RULES: tuple[Rule, ...] = (
         "Let the back-end go on (SIGCONT, or end its debugger). " + _ASK_BACKEND,
     ),
     Rule(
+        VerdictKind.LOST_KICK,
+        3,
+        lambda view: (
+            view.work_waits
+            and view.device_should_have_looked
+            and view.kick_was_owed
+            and view.kick_missing
+        ),
+        "The driver published work and had to kick, and the kernel has seen no kick since.",
+        "2.7.13.4.1, 2.8.10; eventfd_signal, eventfd_write",
+        "{kick}",
+        DeviceEvent.KICK,
+    ),
+    Rule(
         VerdictKind.UNKNOWN,
         0,
         lambda view: (
@@ -188,6 +202,20 @@ RULES: tuple[Rule, ...] = (
         "Watch it for longer than a slow device needs, or let a probe find out: {probe}",
         DeviceEvent.KICK,
         time_will_tell=True,
+    ),
+    Rule(
+        VerdictKind.KICK_UNREAD,
+        4,
+        lambda view: (
+            view.work_waits
+            and view.device_should_have_looked
+            and view.kick_was_owed
+            and view.kick_recorded
+        ),
+        "The driver kicked, as the kernel has seen, and the device has not looked.",
+        "2.7.13.4.1, 2.8.10; eventfd_signal, eventfd_write",
+        "The kick was lost on its way from the notifier to the back-end. {kick}",
+        DeviceEvent.KICK,
     ),
     Rule(
         VerdictKind.LOST_KICK,
@@ -273,6 +301,16 @@ RULES: tuple[Rule, ...] = (
         ),
         "The interrupt is pending in the device, is not masked, and was not delivered.",
         "PCI: MSI-X pending bits",
+        "{call}",
+        DeviceEvent.CALL,
+    ),
+    Rule(
+        VerdictKind.LOST_CALL,
+        9,
+        lambda view: view.call_was_owed and view.driver_had_every_chance and view.call_recorded,
+        "The work is done and the device called, as the kernel has seen; the driver has not reaped "
+        "it: the interrupt was lost, or the driver did not listen.",
+        "2.7.7.2, 2.8.10; eventfd_signal, eventfd_write",
         "{call}",
         DeviceEvent.CALL,
     ),

@@ -123,6 +123,12 @@ class SlowFacts:
     """Who should read the kick notifier: the iothread or main loop, or the back-end's threads."""
     vcpu_threads: tuple[BackendThread, ...] = ()
     interrupts: InterruptPath = field(default_factory=InterruptPath)
+    recorded_since: float | None = None
+    """Since when the kernel has counted the queue's notifications; None where it does not."""
+    kicked_at: float | None = None
+    """When the kernel saw its last kick; None: none since then."""
+    called_at: float | None = None
+    """The same for the call."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kickcall.model import Layout
 from kickcall.virtio import packed, split
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kickcall.diagnose.states import QueueFixed, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """When a notification came to be owed, as far as looks can tell. It is None where it was owed
+    at the first look, or is not."""
+
+    after: float | None = None
+    """It was not owed then: no notification before is the one."""
+    since: float | None = None
+    """Every notification after is the one, as nobody took any other meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,10 @@ class Track:
     """The same for the call notifier."""
     moved_at: float
     """When any index last moved; the time of the first sample where none has."""
+    kick_owed: Owed = field(default_factory=lambda: Owed())
+    """Between which looks the driver came to owe the device a kick."""
+    call_owed: Owed = field(default_factory=lambda: Owed())
+    """Between which looks the device came to owe the driver a call."""
 
 
 def start(sample: Sample) -> Track:
@@ -81,7 +98,27 @@ def advance(track: Track, sample: Sample, fixed: QueueFixed) -> Track:
         unread_since=_since(track.unread_since, was.kick_count, sample.kick_count, at),
         untaken_since=_since(track.untaken_since, was.call_count, sample.call_count, at),
         moved_at=at if device or driver else track.moved_at,
+        kick_owed=_owed(track.kick_owed, kick_is_owed, fixed, was, sample, taken=device),
+        call_owed=_owed(track.call_owed, _is_called_for, fixed, was, sample, taken=driver),
     )
+
+
+def _owed(
+    owed: Owed,
+    is_owed: Callable[[QueueFixed, Sample], bool],
+    fixed: QueueFixed,
+    was: Sample,
+    now: Sample,
+    *,
+    taken: bool,
+) -> Owed:
+    """`taken`: who is to be notified moved between the two looks, and so may have taken another
+    notification between them."""
+    if not is_owed(fixed, now):
+        return Owed()
+    if is_owed(fixed, was):
+        return owed
+    return Owed(after=was.at, since=now.at if taken else was.at)
 
 
 def forgive(track: Track, seconds: float) -> Track:
@@ -172,6 +209,25 @@ def _is_called_for(fixed: QueueFixed, sample: Sample) -> bool:
     elif not fixed.event_idx or sample.used_event == 0:
         return False
     return 0 < span(fixed, sample.used_event, sample.used_idx) <= fixed.size
+
+
+def kick_is_owed(fixed: QueueFixed, sample: Sample) -> bool:
+    """Tell whether the driver had to kick for what the device has not fetched.
+
+    With event indices: the index that the device asked for lies in the part that is not fetched
+    (virtio 1.4, 2.7.10.2 and 2.8.10). Without: the device did not ask for silence.
+    """
+    if sample.avail_idx is None or sample.used_idx is None:
+        return False
+    start_idx = sample.used_idx if sample.last_avail_idx is None else sample.last_avail_idx
+    left = span(fixed, start_idx, sample.avail_idx)
+    if not left:
+        return False
+    if fixed.layout is Layout.PACKED and sample.used_flags != packed.EVENT_FLAGS_DESC:
+        return sample.used_flags == packed.EVENT_FLAGS_ENABLE
+    if not fixed.event_idx or sample.avail_event is None:
+        return not (sample.used_flags or 0) & 1
+    return 0 < span(fixed, sample.avail_event, sample.avail_idx) <= left
 
 
 def _rearmed(fixed: QueueFixed, sample: Sample) -> bool:

@@ -7,7 +7,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kickcall.diagnose.states import BackendThread, QueueRole, SlowFacts, ThreadState
-from kickcall.diagnose.track import Track, all_fetched, outstanding, span, unfetched
+from kickcall.diagnose.track import (
+    Track,
+    all_fetched,
+    kick_is_owed,
+    outstanding,
+    span,
+    unfetched,
+)
 from kickcall.model import BackendKind, Layout
 
 if TYPE_CHECKING:
@@ -168,21 +175,29 @@ class View:
 
     @cached_property
     def kick_was_owed(self) -> bool:
-        """The driver had to kick for what the device has not fetched.
+        """The driver had to kick for what the device has not fetched."""
+        return kick_is_owed(self.fixed, self.track.now)
 
-        With event indices: the index that the device asked for lies in the part that is not
-        fetched (virtio 1.4, 2.7.10.2 and 2.8.10). Without: the device did not ask for silence.
-        """
-        now = self.track.now
-        if now.avail_idx is None or now.used_idx is None:
+    @property
+    def kick_recorded(self) -> bool:
+        """The kernel saw the kick that was owed, on its notifier."""
+        slow, since = self.slow, self.track.kick_owed.since
+        return (
+            slow is not None
+            and slow.kicked_at is not None
+            and since is not None
+            and slow.kicked_at > since
+        )
+
+    @property
+    def kick_missing(self) -> bool:
+        """The kernel counted all the time, and saw no kick since it was owed."""
+        slow, after = self.slow, self.track.kick_owed.after
+        if slow is None or slow.recorded_since is None or after is None:
             return False
-        if self.fixed.layout is Layout.PACKED and now.used_flags != PACKED_DESC:
-            return now.used_flags == PACKED_ENABLE
-        if not self.fixed.event_idx or now.avail_event is None:
-            return not (now.used_flags or 0) & 1
-        start = now.used_idx if now.last_avail_idx is None else now.last_avail_idx
-        behind = span(self.fixed, now.avail_event, now.avail_idx)
-        return 0 < behind <= span(self.fixed, start, now.avail_idx)
+        return slow.recorded_since <= after and not (
+            slow.kicked_at is not None and slow.kicked_at > after
+        )
 
     @property
     def drained_by_reading(self) -> bool:
@@ -401,6 +416,17 @@ class View:
         """Every call is somebody's business: the driver reaps when it is called, its progress is
         invisible, and it has an interrupt."""
         return self.fixed.calls_when_idle and not self.reaping_visible and self.has_vector
+
+    @property
+    def call_recorded(self) -> bool:
+        """The kernel saw the call that was owed, on its notifier."""
+        slow, since = self.slow, self.track.call_owed.since
+        return (
+            slow is not None
+            and slow.called_at is not None
+            and since is not None
+            and slow.called_at > since
+        )
 
     @property
     def call_untaken(self) -> bool:
