@@ -20,10 +20,11 @@ test: ## everything: lint, types, unit tests, tests on real QEMU
 	@$(SETUP) dev lab rigs
 	@$(MAKE) --no-print-directory lint
 	$(PY) -m pytest tests/unit tests/rig --ignore tests/rig/test_fault_matrix.py $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory matrix
 
-matrix: ## every fault on every device and layout, and what diagnose says of it (10 minutes)
+matrix: ## every fault on every device and layout, and what diagnose says of it
 	@$(SETUP) dev lab rigs
-	$(PY) -m pytest tests/rig/test_fault_matrix.py $(PYTEST_ARGS)
+	$(PY) -m pytest tests/rig/test_fault_matrix.py -n 4 --dist loadgroup $(PYTEST_ARGS)
 
 check: ## what fits in a minute: lint, types, unit tests
 	@$(SETUP) dev

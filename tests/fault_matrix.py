@@ -228,7 +228,7 @@ def page(matrix: Matrix) -> str:
             "where it can exist, and diagnosed as an admin would diagnose it. The last column is",
             "what came of it. This page is written by `tests/rig/test_fault_matrix.py`:",
             "",
-            "    KICKCALL_REPEAT=10 KICKCALL_WRITE_DOCS=1 pytest tests/rig/test_fault_matrix.py",
+            "    KICKCALL_REPEAT=10 KICKCALL_WRITE_DOCS=1 make matrix",
             "",
             *table,
             "",
