@@ -140,7 +140,7 @@ def download_unpacked(packages: Iterable[str], folder: Path, tell: Tell) -> None
 
 
 def _unpack_kernel(kernel: Kernel, folder: Path, tell: Tell) -> None:
-    packages = _kernel_packages(kernel)
+    packages = kernel_packages(kernel)
     if not packages:
         raise LabError(f"apt knows no kernel behind the package {kernel.meta}: apt-get update")
     download_unpacked(packages, folder, tell)
@@ -156,7 +156,7 @@ def _unpack_host_kernel(folder: Path, tell: Tell) -> None:
     run_tool([busybox, "depmod", "-b", folder, version], doing=f"listing the modules of {version}")
 
 
-def _kernel_packages(kernel: Kernel) -> list[str]:
+def kernel_packages(kernel: Kernel) -> list[str]:
     """Follow the meta package's dependencies to the packages that hold the kernel."""
     found: list[str] = []
     to_ask = [kernel.meta]
