@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,16 +16,20 @@ if TYPE_CHECKING:
     from kickcall.model import NotifierState, QueueState
 
 
-def vms(json: JsonOption = False) -> None:
+def vms(context: typer.Context, json: JsonOption = False) -> None:
     """List every QEMU on this host. Asks no monitor.
 
     \b
     kickcall vms
     kickcall vms --json
     """
+    from kickcall.cli import vmcore
     from kickcall.vmm.find import find
     from kickcall.vmm.served import served_monitor
 
+    if (crashed := vmcore.chosen(context)) is not None:
+        vmcore.vms(crashed, json)
+        return
     found = find()
     served = {machine.pid: served_monitor(machine.pid, machine.start_time) for machine in found}
     if json:
@@ -69,16 +73,26 @@ def _chosen(machine: AttachedMachine, device: str | None) -> tuple[AttachedDevic
     return machine.devices() if device is None else (machine.device(device),)
 
 
-def show(machine: MachineArgument, device: OptionalDevice = None, json: JsonOption = False) -> None:
+def show(
+    context: typer.Context,
+    machine: MachineArgument,
+    device: OptionalDevice = None,
+    json: JsonOption = False,
+) -> None:
     """Show where each queue stands: what the driver published and the device completed.
 
     \b
     kickcall show vm0
     kickcall show vm0 vscsi0
     kickcall show qmp:/run/vm0.qmp vscsi0 --json
+    kickcall --vmcore /var/crash/vmcore show vm0
     """
     from kickcall.attached import attach
+    from kickcall.cli import vmcore
 
+    if (crashed := vmcore.chosen(context)) is not None:
+        vmcore.show(crashed, machine, device, json)
+        return
     with attach(machine) as attached:
         devices = [
             (one, [queue.state() for queue in one.queues()]) for one in _chosen(attached, device)
@@ -182,29 +196,61 @@ def _count(state: NotifierState | None) -> int | None:
 
 
 def eventfd(
-    machine: MachineArgument, device: OptionalDevice = None, json: JsonOption = False
+    context: typer.Context,
+    machine: MachineArgument,
+    device: OptionalDevice = None,
+    queue: Annotated[
+        int | None, typer.Option("--queue", "-q", min=0, help="Only this queue of DEVICE.")
+    ] = None,
+    kernel: Annotated[
+        bool, typer.Option("--kernel", help="Print the kernel's own structures beside them.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the whole map with KVM's and vhost's.")
+    ] = False,
+    json: JsonOption = False,
 ) -> None:
     """Show each queue's notifiers, and every process that holds them.
 
     \b
     kickcall eventfd vm0
     kickcall eventfd vm0 vub0 --json
+    kickcall eventfd vm0 vscsi0 --queue 3 --kernel
+    kickcall eventfd vm0 --verify
+    kickcall --vmcore /var/crash/vmcore eventfd vm0
     """
     from kickcall.attached import attach
+    from kickcall.cli import kernel_view, vmcore
+    from kickcall.errors import UsageError
     from kickcall.host.eventfds import holders_of
     from kickcall.model import DeviceEvent
 
+    if queue is not None and device is None:
+        raise UsageError("--queue needs a DEVICE")
+    if verify and (kernel or device is not None):
+        raise UsageError("--verify compares the whole machine: give it MACHINE and nothing else")
+    if (crashed := vmcore.chosen(context)) is not None:
+        if verify:
+            raise UsageError("--verify needs a machine that runs: a vmcore has no map of ours")
+        vmcore.eventfd(crashed, machine, device, queue, json)
+        return
     with attach(machine) as attached:
+        if verify:
+            kernel_view.print_verify(attached, json)
+            return
+        if kernel:
+            kernel_view.print_kernel(attached, _chosen(attached, device), queue, json)
+            return
         found = []
         for one in _chosen(attached, device):
-            for queue in one.queues():
-                state = queue.state()
+            for each in one.queues() if queue is None else (one.queue(queue),):
+                state = each.state()
                 for event, notifier, now in (
-                    (DeviceEvent.KICK, queue.map.kick, state.kick),
-                    (DeviceEvent.CALL, queue.map.call, state.call),
+                    (DeviceEvent.KICK, each.map.kick, state.kick),
+                    (DeviceEvent.CALL, each.map.call, state.call),
                 ):
                     if notifier is not None and now is not None:
-                        found.append((one.info, queue.map.index, event, notifier, now))
+                        found.append((one.info, each.map.index, event, notifier, now))
         holders, hidden = holders_of({notifier.eventfd_id for _, _, _, notifier, _ in found})
         entries = [
             {

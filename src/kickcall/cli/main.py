@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import kickcall
-from kickcall.cli import demo, diagnose, events, lab, machines, qmp, trace
+from kickcall.cli import demo, diagnose, events, lab, machines, qmp, trace, vmcore
 from kickcall.cli.output import plain
 from kickcall.errors import KickcallError
 
@@ -34,12 +35,30 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
+    crashed: Annotated[
+        Path | None,
+        typer.Option(
+            "--vmcore",
+            metavar="FILE",
+            help="Look at a crashed host's memory instead (vms, show, eventfd).",
+        ),
+    ] = None,
+    symbols: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--symbols",
+            metavar="FILE",
+            help="vmlinux or a module with debug symbols, for a vmcore without BTF.",
+        ),
+    ] = None,
 ) -> None:
     """Kick or call any virtqueue of a running, unmodified QEMU."""
+    vmcore.choose(context, crashed, symbols or [])
 
 
 app.command()(machines.vms)

@@ -51,6 +51,16 @@ def eventfds_of(kernel: Kernel, task: Any, fds: Iterable[int]) -> dict[int, Kern
     }
 
 
+def all_eventfds_of(kernel: Kernel, task: Any) -> dict[int, KernelEventfd]:
+    """Return every eventfd that a process has open, by its id."""
+    found = (
+        read_eventfd(kernel, file.private)
+        for file in open_files(kernel, task)
+        if file.anonymous and file.name == _NAME
+    )
+    return {context.id: context for context in found}
+
+
 def read_eventfd(kernel: Kernel, address: int) -> KernelEventfd:
     """Return the `struct eventfd_ctx` at `address`."""
     import drgn

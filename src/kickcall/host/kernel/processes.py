@@ -127,3 +127,14 @@ def command_line(task: Any) -> tuple[str, ...]:
         return tuple(part.decode(errors="replace") for part in cmdline(task) or ())
     except (drgn.FaultError, LookupError, ValueError):
         return ()
+
+
+def read_process_memory(task: Any, address: int, length: int) -> bytes | None:
+    """Return bytes of a process's own memory; None where they are not in a vmcore, or nowhere."""
+    import drgn
+    from drgn.helpers.linux.mm import access_process_vm
+
+    try:
+        return access_process_vm(task, address, length)
+    except (drgn.FaultError, LookupError, ValueError):
+        return None

@@ -39,6 +39,8 @@ class KernelVhostQueue:
     signalled_used: int
     """What last_used_idx was when vhost called last (with event index)."""
     signalled_used_valid: bool
+    features: int
+    """What driver and device agreed on (`acked_features`)."""
     running: bool
     """vhost has a back-end for the queue (`private_data`): without one a kick does nothing."""
     kick: KernelEventfd | None
@@ -89,6 +91,7 @@ def _queues(kernel: Kernel, kind: str, address: int) -> tuple[KernelVhostQueue, 
                     used_flags=int(queue.used_flags),
                     signalled_used=int(queue.signalled_used),
                     signalled_used_valid=bool(queue.signalled_used_valid),
+                    features=int(queue.acked_features),
                     running=bool(queue.private_data),
                     kick=_eventfd(kernel, queue.kick.private_data) if queue.kick else None,
                     call=_eventfd(kernel, _call_context(queue)),
