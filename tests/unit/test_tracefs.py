@@ -29,8 +29,9 @@ def test_what_a_live_process_made_is_no_orphan() -> None:
 
 
 def test_what_an_ended_process_made_is_an_orphan() -> None:
-    ended = subprocess.Popen(["true"])
+    ended = subprocess.Popen(["sleep", "60"])
     started = start_time(ended.pid)
+    ended.kill()
     ended.wait()
     assert tracefs._is_orphan(name_of(ended.pid, started))
 
