@@ -144,7 +144,7 @@ class _Run:
         at = time.strftime("%H:%M:%S", time.localtime(one.at + self._offset))
         fraction = f"{(one.at + self._offset) % 1:.6f}"[1:]
         after = "" if one.after_kick_s is None else f"  {_short_time(one.after_kick_s)} after kick"
-        who = _who(one.by, one.comm, one.pid)
+        who = _who(one.by, one.comm, one.pid, one.tid)
         typer.echo(
             f"{at}{fraction}  {plain(self._id(one.device))} queue {one.queue}  {one.event}  "
             f"{who}{after}"
@@ -304,17 +304,18 @@ def _by(signalled: tuple[Signalled, ...]) -> str:
     """Return who raised something how often; a guest's virtual CPUs are one."""
     totals: dict[str, int] = {}
     for one in signalled:
-        name = _who(one.by, one.comm, one.pid)
+        name = _who(one.by, one.comm, one.pid, one.tid)
         totals[name] = totals.get(name, 0) + one.total
     return ", ".join(f"{name} {total}" for name, total in totals.items())
 
 
-def _who(by: str, comm: str, pid: int | None) -> str:
+def _who(by: str, comm: str, pid: int | None, tid: int) -> str:
     match by:
         case "guest" | "vhost":
             return by
         case "qemu":
-            return f"QEMU ({plain(comm)})"
+            # QEMU names its threads only if told to (-name …,debug-threads=on).
+            return "QEMU main loop" if tid == pid else f"QEMU thread {tid} ({plain(comm)})"
         case "kernel":
             return f"kernel, in {plain(comm)}"
         case "unknown":

@@ -12,13 +12,14 @@ import contextlib
 import errno
 import functools
 import itertools
+import logging
 import os
 import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from kickcall.errors import KernelViewError, PrivilegeError
+from kickcall.errors import KernelViewError, KickcallError, PrivilegeError
 from kickcall.host.processes import pids, start_time
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 _BUSY_TRIES = 50
 _BUSY_S = 0.02
 
+_log = logging.getLogger("kickcall.trace")
 _numbers = itertools.count()
 
 
@@ -94,8 +96,14 @@ class Instance:
         return opened
 
     def close(self) -> None:
-        """Remove the instance and the events. Files of the instance must be closed before."""
-        _remove(self._tracefs, self.name)
+        """Remove the instance and the events. Files of the instance must be closed before.
+
+        What cannot be removed, as somebody looks into it, is left for the next sweep.
+        """
+        try:
+            _remove(self._tracefs, self.name)
+        except KickcallError as exc:
+            _log.warning("%s", exc)
 
     def __enter__(self) -> Self:
         return self

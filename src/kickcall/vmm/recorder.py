@@ -88,7 +88,7 @@ class Recording:
         try:
             self._trace = EventfdTrace(
                 (target.eventfd_id for target in found),
-                threads=len(self._signallers.vcpus) + 8,
+                threads=_threads(session.process.pid) + 8,
                 record=events,
             )
         except BaseException:
@@ -274,3 +274,9 @@ class Recording:
 
 def _devices(which: Iterable[Which]) -> str:
     return ", ".join(sorted({one.device.removeprefix("/machine/peripheral/") for one in which}))
+
+
+def _threads(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/task"))
+    return 0

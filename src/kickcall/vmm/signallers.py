@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ from kickcall.host.tracefs import in_initial_pid_namespace
 from kickcall.model import DeviceEvent, Signaller
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kickcall.vmm.session import VmmSession
 
 _OURSELVES = "kickcall"
@@ -30,14 +33,19 @@ class Thread(NamedTuple):
 class Signallers:
     """Tells who a thread is. Remembers it, for when the thread has ended."""
 
-    def __init__(self, vmm: int, vcpus: frozenset[int], *, ids_are_ours: bool = True) -> None:
+    def __init__(
+        self, vmm: int, ask_vcpus: Callable[[], frozenset[int]], *, ids_are_ours: bool = True
+    ) -> None:
         self._vmm = vmm
-        self.vcpus = vcpus
-        """The threads that run the guest, as far as they are known."""
+        self._ask_vcpus = ask_vcpus
         self._ids_are_ours = ids_are_ours
         self._seen: dict[int, Thread] = {}
         # Kernel threads up to Linux 6.3, threads of the VMM since (vhost_worker_create).
         self._vhost = f"vhost-{vmm}"[:15]
+
+    @functools.cached_property
+    def _vcpus(self) -> frozenset[int]:
+        return self._ask_vcpus()
 
     def thread(self, tid: int, comm: str | None = None) -> Thread:
         """Return a thread's process and name; `comm` is its name where the kernel recorded one."""
@@ -53,7 +61,7 @@ class Signallers:
         if not self._ids_are_ours:
             return Signaller.UNKNOWN
         pid, comm = self.thread(tid)
-        own = pid == self._vmm or tid in self.vcpus
+        own = pid == self._vmm
         if in_kernel:
             if comm == self._vhost and pid in (self._vmm, tid, None):
                 return Signaller.VHOST
@@ -63,28 +71,32 @@ class Signallers:
                 return Signaller.GUEST
             return Signaller.KERNEL
         if own:
-            is_vcpu = tid in self.vcpus or _VCPU.fullmatch(comm) is not None
             # Without KVM QEMU passes the doorbell on, in the CPU's thread.
-            return Signaller.GUEST if event is DeviceEvent.KICK and is_vcpu else Signaller.QEMU
+            is_guest = event is DeviceEvent.KICK and (
+                _VCPU.fullmatch(comm) is not None or tid in self._vcpus
+            )
+            return Signaller.GUEST if is_guest else Signaller.QEMU
         if pid == os.getpid() or comm == _OURSELVES:
             return Signaller.KICKCALL
         return Signaller.PROCESS
 
 
 def signallers_of(session: VmmSession) -> Signallers:
-    """Return who is who for a machine. Its monitor is asked which threads run the guest.
+    """Return who is who for a machine.
 
-    Where it does not answer, a thread that is a virtual CPU's may be taken for another of QEMU's,
-    though never under KVM with ioeventfd.
+    Its monitor is asked which threads run the guest, once, and only if a thread of the VMM writes
+    kicks (under KVM none does). Where it does not answer, they are taken for others of QEMU's.
     """
-    vcpus: frozenset[int] = frozenset()
-    try:
-        with session.borrow() as monitor:
-            answer = monitor.execute("query-cpus-fast")
-            vcpus = frozenset(int(cpu["thread-id"]) for cpu in answer)
-    except MonitorError:
-        pass
-    return Signallers(session.process.pid, vcpus, ids_are_ours=in_initial_pid_namespace())
+
+    def ask() -> frozenset[int]:
+        try:
+            with session.borrow() as monitor:
+                answer = monitor.execute("query-cpus-fast")
+        except MonitorError:
+            return frozenset()
+        return frozenset(int(cpu["thread-id"]) for cpu in answer)
+
+    return Signallers(session.process.pid, ask, ids_are_ours=in_initial_pid_namespace())
 
 
 def _look_up(tid: int) -> tuple[int | None, str]:
