@@ -44,6 +44,7 @@ MODULES = (
     "vhost_scsi",
     "vhost_vsock",
     "target_core_mod",
+    "qemu_fw_cfg",
 )
 """Loaded when the host comes up, beside KVM."""
 
@@ -251,7 +252,8 @@ def _host_arguments(host: LabHost, image: HostImage) -> list[str]:
         *("-accel", accelerator, "-cpu", "host" if nested else "EPYC,+svm,+npt"),
         *("-kernel", str(image.boot.kernel), "-initrd", str(image.boot.initramfs)),
         *("-append", "console=ttyS0 quiet panic=-1 tsc=reliable"),
-        "-no-reboot",
+        # Tells QEMU where the kernel keeps its VMCOREINFO, without which a dump is no vmcore.
+        *("-no-reboot", "-device", "vmcoreinfo"),
         *("-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"),
         *("-virtfs", f"local,path={folder}/host,mount_tag={_TAG},security_model=none"),
         *("-chardev", f"file,id=lab-console,path={folder}/console.log,append=on"),
