@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 SOURCES := src tests $(if $(wildcard bench/*.py),bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix check lint docs bench setup clean
+.PHONY: help demo test matrix kvm check lint docs bench setup clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ test: ## everything: lint, types, unit tests, tests on real QEMU
 matrix: ## every fault on every device and layout, and what diagnose says of it
 	@$(SETUP) dev lab rigs
 	$(PY) -m pytest tests/rig/test_fault_matrix.py -n 4 --dist loadgroup $(PYTEST_ARGS)
+
+kvm: ## the tests that need a KVM host: this machine, or one that the lab boots
+	@$(SETUP) dev lab rigs
+	scripts/kvm-tests.sh $(PYTEST_ARGS)
 
 check: ## what fits in a minute: lint, types, unit tests
 	@$(SETUP) dev

@@ -23,7 +23,7 @@ Line = tuple[str, str]
 _NOTIFIED = re.compile(r"^virtio_queue_notify vdev (0x[0-9a-f]+) n (\d+) vq 0x[0-9a-f]+$", re.M)
 
 
-def until(condition: Callable[[], object], what: str, timeout: float = 10.0) -> None:
+def until(condition: Callable[[], object], what: str, timeout: float = 30.0) -> None:
     """Return when `condition` holds."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 _REPEAT_AFTER = 1.0
 """Seconds without a reply before a request is sent again."""
+_ANSWER_WITHIN = 30.0
+"""Seconds in which a guest answers that is up: under TCG in a KVM host that TCG runs, it takes a
+thousand times what it takes under KVM."""
 
 
 class CommandResult(NamedTuple):
@@ -77,7 +80,7 @@ class Command:
                     raise LabError(f"the guest rebooted while it ran: {self.command}")
         return self._result
 
-    def wait(self, timeout: float = 30.0) -> CommandResult:
+    def wait(self, timeout: float = 60.0) -> CommandResult:
         """Return the result. Raises LabError after `timeout` seconds; the command goes on."""
         deadline = time.monotonic() + timeout
         pause = 0.005
@@ -101,7 +104,7 @@ class Guest:
         self._lock = lock
         self._forgotten: list[str] = []
 
-    def run(self, command: str, *, timeout: float = 30.0) -> CommandResult:
+    def run(self, command: str, *, timeout: float = 60.0) -> CommandResult:
         """Run a shell command in the guest and return (status, output).
 
         Raises LabError if it takes longer than `timeout` seconds.
@@ -114,7 +117,7 @@ class Guest:
         self.exchange("start", started.id, base64.b64encode(command.encode()).decode())
         return started
 
-    def boot_id(self, timeout: float = 10.0) -> str:
+    def boot_id(self, timeout: float = _ANSWER_WITHIN) -> str:
         """Return the kernel's random id of this boot."""
         return self.exchange("ping", secrets.token_hex(6), timeout=timeout)[1]
 
@@ -134,7 +137,7 @@ class Guest:
         self._forgotten.append(request_id)
 
     def exchange(
-        self, verb: str, request_id: str, body: str = "", timeout: float = 10.0
+        self, verb: str, request_id: str, body: str = "", timeout: float = _ANSWER_WITHIN
     ) -> list[str]:
         """Send one request and return its reply. Raises LabError if the agent stays silent."""
         forgotten, self._forgotten = self._forgotten, []

@@ -60,6 +60,9 @@ def check(spec: MachineSpec) -> None:
                     f"a {device.kind} device needs {path}, which this machine has not: "
                     f"modprobe {module}, {_OTHERWISE}"
                 )
+        # One that is there is somebody else's, and must not be removed with our machine.
+        if isinstance(device, VhostScsi) and device.wwpn and _group(device).parent.exists():
+            raise LabError(f"a vhost-scsi target called {device.wwpn} is there: give another name")
 
 
 def named(spec: MachineSpec) -> MachineSpec:

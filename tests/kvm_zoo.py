@@ -1,0 +1,184 @@
+"""Which machine has every kind of device that a KVM host serves, and what makes traffic there?"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from kickcall.lab.qemu import usable_kvm
+from kickcall.lab.spec import (
+    MachineSpec,
+    VhostNet,
+    VhostScsi,
+    VhostUserBlk,
+    VhostVsock,
+    VirtioBlk,
+    VirtioScsi,
+)
+from kickcall.model import BackendKind
+
+if TYPE_CHECKING:
+    from kickcall.lab.machine import LabMachine
+
+KVM_ZOO = MachineSpec(
+    devices=(
+        VhostScsi(id="vscsi0", queues=2),
+        VhostNet(id="vnet0", queues=2),
+        VhostNet(id="vnetplain0", event_idx=False),
+        VhostVsock(id="vsock0"),
+        VirtioBlk(id="iot0", queues=2, iothread=True),
+        VirtioScsi(id="scsi0", queues=2),
+        VhostUserBlk(id="vub0", queues=2, relay=True, disk="file"),
+    ),
+    monitors=2,
+    # Without IPv6 an idle guest sends nothing, so no interrupt comes that no test asked for.
+    kernel_arguments="ipv6.disable=1",
+)
+
+NOTIFIERS = {
+    "vscsi0": (BackendKind.VHOST_KERNEL, 4, 4),
+    "vnet0": (BackendKind.VHOST_KERNEL, 5, 4),
+    "vnetplain0": (BackendKind.VHOST_KERNEL, 3, 2),
+    "vsock0": (BackendKind.VHOST_KERNEL, 3, 2),
+    "iot0": (BackendKind.QEMU, 2, 2),
+    "scsi0": (BackendKind.QEMU, 4, 4),
+    "vub0": (BackendKind.VHOST_USER, 2, 2),
+}
+"""Who serves each device, how many queues it has, and how many of them, from 0 on, have notifiers.
+
+The control queue of vhost-net and the event queue of vhost-vsock are QEMU's, and while vhost serves
+the others it takes their kicks in the doorbell itself (QEMU, hw/virtio/vhost.c:
+vhost_dev_enable_notifiers grabs the device's ioeventfds).
+"""
+QEMUS_OWN = {"vnet0": 4, "vnetplain0": 2, "vsock0": 2}
+"""The queue of each device that QEMU keeps to itself."""
+DISKS = ("vscsi0", "iot0", "scsi0", "vub0")
+NETS = ("vnet0", "vnetplain0")
+
+_NEEDED = {
+    "vhost_scsi": Path("/dev/vhost-scsi"),
+    "vhost_net": Path("/dev/vhost-net"),
+    "vhost_vsock": Path("/dev/vhost-vsock"),
+    "tun": Path("/dev/net/tun"),
+    "target_core_mod": Path("/sys/kernel/config/target"),
+}
+
+
+def missing() -> str:
+    """Return what this machine lacks to be a KVM host for these tests; nothing if it is one."""
+    if os.geteuid() != 0:
+        return "root"
+    if not usable_kvm():
+        return "a usable /dev/kvm"
+    for module, path in _NEEDED.items():
+        if not path.exists():
+            return f"{path} (modprobe {module})"
+    return ""
+
+
+def interrupt_lines(machine: LabMachine, device: str, queue: int) -> str:
+    """Return the driver's name for the line of a queue's interrupt."""
+    match machine.device(device).kind:
+        case "virtio-scsi" | "vhost-scsi":  # drivers/scsi/virtio_scsi.c: virtscsi_init
+            return ("control", "event")[queue] if queue < 2 else f"request.{queue - 2}"
+        case "virtio-net" | "vhost-net":  # drivers/net/virtio_net.c: virtnet_find_vqs
+            return f"{('input', 'output')[queue % 2]}.{queue // 2}"
+        case "vhost-vsock":
+            # QEMU gives it three vectors, so Linux shares one (virtio_pci_common.c: vp_find_vqs).
+            return "virtqueues"
+        case _:  # drivers/block/virtio_blk.c: init_vq
+            return f"req.{queue}"
+
+
+def kick_handler(device: str, queue: int) -> str:
+    """Return the function of vhost that runs when a queue is kicked, as MODULE:FUNCTION."""
+    match device:
+        case "vscsi0":  # drivers/vhost/scsi.c: vhost_scsi_open
+            word = {0: "ctl_", 1: "evt_"}.get(queue, "")
+            return f"vhost_scsi:vhost_scsi_{word}handle_kick"
+        case "vsock0":  # drivers/vhost/vsock.c: vhost_vsock_dev_open
+            return f"vhost_vsock:vhost_vsock_handle_{('rx', 'tx')[queue]}_kick"
+        case _:  # drivers/vhost/net.c: vhost_net_open
+            return f"vhost_net:handle_{('rx', 'tx')[queue % 2]}_kick"
+
+
+class HandlerHits:
+    """How often vhost ran each of its kick handlers, counted by kprobes of our own.
+
+    `with HandlerHits(functions) as hits:` and then `hits.counts()`.
+    """
+
+    _TRACING = Path("/sys/kernel/tracing")
+    _GROUP = "kickcall_test"
+
+    def __init__(self, functions: set[str]) -> None:
+        self._functions = {name.replace(":", "_"): name for name in functions}
+        self._instance = self._TRACING / "instances" / f"kickcall-test-{os.getpid()}"
+
+    def __enter__(self) -> Self:
+        self._instance.mkdir()
+        for event, function in self._functions.items():
+            self._define(f"p:{self._GROUP}/{event} {function}")
+            (self._instance / "events" / self._GROUP / event / "enable").write_text("1")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for event in self._functions:
+            with contextlib.suppress(OSError):
+                (self._instance / "events" / self._GROUP / event / "enable").write_text("0")
+        self._instance.rmdir()
+        for event in self._functions:
+            with contextlib.suppress(OSError):
+                self._define(f"-:{self._GROUP}/{event}")
+
+    def counts(self) -> dict[str, int]:
+        """Return the hits of each function since the block began."""
+        # Documentation/trace/kprobetrace.rst: name, hits, misses.
+        rows = map(str.split, (self._TRACING / "kprobe_profile").read_text().splitlines())
+        return {self._functions[row[0]]: int(row[1]) for row in rows if row[0] in self._functions}
+
+    def _define(self, line: str) -> None:
+        with (self._TRACING / "kprobe_events").open("a") as events:
+            events.write(line + "\n")
+
+
+def knock(machine: LabMachine, device: str = "vsock0", timeout: float = 10.0) -> None:
+    """Send the guest one vsock packet and wait for its answer.
+
+    Nobody listens there, so the guest's kernel says no: one packet each way, and no program.
+    """
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as one:
+        one.settimeout(timeout)
+        try:
+            one.connect((machine.guest_cid(device), 1))
+        except OSError as error:
+            if error.errno != errno.ECONNRESET:
+                raise
+
+
+class Knocking:
+    """vsock packets to and fro while the block lasts."""
+
+    def __init__(self, machine: LabMachine) -> None:
+        self._machine = machine
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.answered = 0
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.01):
+            knock(self._machine)
+            self.answered += 1
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
