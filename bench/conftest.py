@@ -55,6 +55,12 @@ def attached(machine: LabMachine) -> Iterator[AttachedMachine]:
 
 
 @pytest.fixture
+def results() -> list[Comparison]:
+    """What the final table shows: for what is not measured as `compare` does."""
+    return RESULTS
+
+
+@pytest.fixture
 def compare(benchmark: BenchmarkFixture) -> Compare:
     def run(
         what: str,

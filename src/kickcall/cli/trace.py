@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from array import array
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _ROUND_S = 0.25
 """Seconds between two looks whether the machine still has the notifiers that are counted."""
+_LOOKING_SHARE = 0.05
+"""The part of the time that such looks may take, where there are thousands of queues."""
 _EVENTS_ROUND_S = 0.05
 _TIMES_KEPT = 1 << 20
 """Times from kick to call that are kept of a queue, for its median."""
@@ -57,12 +60,14 @@ def trace(
         raise UsageError("--queue needs a DEVICE")
     seconds = seconds_of(duration)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupted)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _interrupted)
+    # Events on a terminal are progress enough, and a second line there would be in their way.
+    progress = nullcontext() if events else working(f"counting for {seconds:g} s; Ctrl-C ends it")
     with attach(machine) as attached:
-        with attached.record(device, queue, events=events) as recording:
+        with progress, attached.record(device, queue, events=events) as recording:
             run = _Run(attached, recording, json=json)
-            with working(f"counting for {seconds:g} s; Ctrl-C ends it"):
-                run.go(seconds, events=events)
+            run.go(seconds, events=events)
         if json:
             run.print_json(streamed=events)
         else:
@@ -107,11 +112,12 @@ class _Run:
                 if events:
                     self._print_events(*recording.events())
                 if now >= follow_at:
-                    follow_at = now + _ROUND_S
                     for what in recording.follow():
                         typer.echo(plain(what), err=True)
                     # Threads that signalled are looked up while they are there.
                     recording.counts()
+                    took = time.monotonic() - now
+                    follow_at = now + max(_ROUND_S, took / _LOOKING_SHARE)
                 time.sleep(max(0.0, min(until - now, _EVENTS_ROUND_S if events else _ROUND_S)))
         except KeyboardInterrupt:
             self.ended = "interrupted"
