@@ -26,6 +26,7 @@ from kickcall.lab.spec import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from kickcall.lab.machine import LabMachine
 
@@ -51,6 +52,15 @@ MIXED = MachineSpec(
     monitors=2,
 )
 """Every kind of device and layout that kickcall names; `iot0` is served by an iothread."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def journal_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests inject by the hundred: into a journal of their own."""
+    path = tmp_path_factory.mktemp("journal") / "journal.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KICKCALL_JOURNAL", str(path))
+        yield path
 
 
 @pytest.fixture(scope="session")

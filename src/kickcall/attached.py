@@ -16,6 +16,7 @@ from kickcall.vmm.session import VmmSession
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kickcall.devices.base import Witness
     from kickcall.diagnose.states import Thresholds
     from kickcall.model import Device, Injection, Machine, QueueMap, QueueState, Verdict
     from kickcall.vmm.monitor import BorrowMonitor
@@ -95,15 +96,19 @@ class AttachedMachine:
         via: Via | str | None = None,
         dry_run: bool = False,
         watch_s: float = 0.0,
+        witness: Witness | None = None,
     ) -> Injection:
         """Raise `event` on a queue of a device: the RFC's command, as a function.
 
         `via` forces a way; `dry_run` checks and writes nothing; `watch_s` is how many seconds the
-        queue is watched before the counters "after" are read. Raises KickcallError and its kin;
-        then nothing was written.
+        queue is watched before the counters "after" are read; `witness` is told before and after
+        (kickcall.watch.witness writes it to the journal, which this does not do by itself). Raises
+        KickcallError and its kin; then nothing was written.
         """
         attached = self.device(dev)
-        return attached.queue(queue).raise_event(event, via=via, dry_run=dry_run, watch_s=watch_s)
+        return attached.queue(queue).raise_event(
+            event, via=via, dry_run=dry_run, watch_s=watch_s, witness=witness
+        )
 
     def diagnose(
         self,
@@ -114,12 +119,14 @@ class AttachedMachine:
         probe: bool = False,
         limits: Thresholds | None = None,
         tell: Callable[[str], None] | None = None,
+        witness: Witness | None = None,
     ) -> tuple[Verdict, ...]:
         """Watch the machine's queues (or one device's, or one queue) and say what is wrong.
 
         Watches for `duration_s` seconds, and on only while a queue waits that has not reached its
         threshold. Reads only; with `probe` the event that a verdict names is injected, after
-        `tell` was told so. Raises KickcallError where the machine could not be looked at.
+        `tell` was told so; `witness` is told of each write. Raises KickcallError where the machine
+        could not be looked at.
         """
         from kickcall.diagnosis import diagnose
 
@@ -132,6 +139,7 @@ class AttachedMachine:
             probe=probe,
             limits=limits,
             tell=tell,
+            witness=witness,
         )
 
     def record(
@@ -241,6 +249,7 @@ class AttachedQueue:
         via: Via | str | None = None,
         dry_run: bool = False,
         watch_s: float = 0.0,
+        witness: Witness | None = None,
     ) -> Injection:
         """Raise `event` on this queue. See `AttachedMachine.device_event`."""
         return device_class(self._session, self._mapped).device_event(
@@ -249,6 +258,7 @@ class AttachedQueue:
             via=_parse_via(via),
             dry_run=dry_run,
             watch_s=watch_s,
+            witness=witness,
         )
 
 

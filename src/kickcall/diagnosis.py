@@ -22,6 +22,7 @@ from kickcall.vmm.slow_facts import facts_unasked, slow_facts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kickcall.devices.base import Witness
     from kickcall.diagnose.states import QueueFixed, SlowFacts
     from kickcall.diagnose.track import Track
     from kickcall.vmm.monitor import Monitor
@@ -59,12 +60,14 @@ def diagnose(
     probe: bool = False,
     limits: Thresholds | None = None,
     tell: Callable[[str], None] | None = None,
+    witness: Witness | None = None,
 ) -> tuple[Verdict, ...]:
     """Watch the queues of a machine (or of one device, or one queue) and return their verdicts.
 
     Watches for `duration_s` seconds, and longer only while a queue waits that has not reached its
     threshold. With `probe` the event that a verdict names is injected; `tell` is told beforehand
-    what will be written. Raises KickcallError where the machine could not be looked at.
+    what will be written, and `witness` of each write. Raises KickcallError where the machine could
+    not be looked at.
     """
     limits = limits or Thresholds()
     chosen = [device] if device is not None else list(session.devices)
@@ -93,7 +96,7 @@ def diagnose(
     for one in watched:
         verdict = _judge(session, one, limits)
         if probe and verdict.event is not None:
-            verdict = _probe(session, one, verdict, tell)
+            verdict = _probe(session, one, verdict, tell, witness)
         verdicts.append(_on_the_wall(verdict, offset))
     seen = {id(one.mapped) for one in watched}
     unseen = [_not_watched(session, one) for one in chosen if id(one) not in seen]
@@ -245,6 +248,7 @@ def _probe(
     one: _Watched,
     verdict: Verdict,
     tell: Callable[[str], None] | None,
+    witness: Witness | None,
 ) -> Verdict:
     """Inject the event that the verdict names, watch, and say whether it helped."""
     assert verdict.event is not None
@@ -258,7 +262,9 @@ def _probe(
         (before,) = sampler.sample()
         injected = time.monotonic()
         try:
-            device_class(session, one.mapped).device_event(verdict.event, verdict.queue)
+            device_class(session, one.mapped).device_event(
+                verdict.event, verdict.queue, witness=witness
+            )
         except KickcallError as exc:
             return _with_evidence(verdict, "probe not possible", str(exc))
         track = start(before)

@@ -17,6 +17,8 @@ from kickcall.errors import (
     CounterFullError,
     EventNotSupportedError,
     KickcallError,
+    MonitorGoneError,
+    MonitorTimeoutError,
     QueueNotFoundError,
     QueueNotReadyError,
     StaleMapError,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kickcall.devices.base import Offer
+    from kickcall.model import Injection, Machine
     from kickcall.vmm.session import MappedDevice, VmmSession
 
 KICK, CALL = DeviceEvent.KICK, DeviceEvent.CALL
@@ -300,3 +303,68 @@ def test_an_event_is_one_of_two_words(word: str) -> None:
 def test_another_word_is_no_event(word: str) -> None:
     with pytest.raises(UsageError, match="kick or call"):
         parse_event(word)
+
+
+class Told:
+    """A witness that notes what it is told, among what happens."""
+
+    def __init__(self, log: list[str], refuses: KickcallError | None = None) -> None:
+        self.log = log
+        self.refuses = refuses
+
+    def before(self, machine: Machine, planned: Injection) -> None:
+        assert planned.before == planned.after
+        self.log.append(f"intent: {planned.event} {planned.queue} via {planned.via}")
+        if self.refuses is not None:
+            raise self.refuses
+
+    def written(self, result: Injection) -> None:
+        self.log.append(f"written: {result.before.count} to {result.after.count}")
+
+    def failed(self, error: KickcallError, *, maybe_written: bool) -> None:
+        self.log.append(f"failed: {error}, {maybe_written=}")
+
+
+def test_a_witness_is_told_before_the_last_checks_and_after_the_write() -> None:
+    machine = PlayedMachine()
+    made_up(machine).device_event(KICK, 3, witness=Told(machine.log))
+    assert machine.log[3:] == [
+        "counters",
+        "intent: kick 3 via eventfd",
+        "verify",
+        "counters",
+        "write",
+        "counters",
+        "written: 7 to 8",
+    ]
+
+
+def test_a_witness_can_prevent_the_write() -> None:
+    machine = PlayedMachine()
+    with pytest.raises(KickcallError, match="no room"):
+        made_up(machine).device_event(KICK, 3, witness=Told(machine.log, KickcallError("no room")))
+    assert "write" not in machine.log
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "maybe_written"),
+    [
+        ("verify", StaleMapError("it was reset"), False),
+        ("write", CounterFullError("it is full"), False),
+        ("write", MonitorTimeoutError("no answer"), True),
+        ("write", MonitorGoneError("it went away"), True),
+    ],
+)
+def test_a_witness_is_told_what_failed(
+    step: str, error: KickcallError, maybe_written: bool
+) -> None:
+    machine = PlayedMachine(fails={step: error})
+    with pytest.raises(type(error)):
+        made_up(machine).device_event(KICK, 3, witness=Told(machine.log))
+    assert machine.log[-1] == f"failed: {error}, {maybe_written=}"
+
+
+def test_a_dry_run_is_nothing_to_witness() -> None:
+    machine = PlayedMachine()
+    made_up(machine).device_event(KICK, 3, dry_run=True, witness=Told(machine.log))
+    assert not [line for line in machine.log if ":" in line]

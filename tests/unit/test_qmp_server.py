@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
+    from kickcall.devices.base import Witness
     from kickcall.vmm.monitor import Monitor
 
 GREETING = {"QMP": {"version": {}, "capabilities": ["oob"]}}
@@ -109,7 +110,9 @@ class FakeMachine:
     closed: bool = False
     threads: set[int] = field(default_factory=set)
 
-    def device_event(self, dev: str, event: DeviceEvent, queue: int) -> None:
+    def device_event(
+        self, dev: str, event: DeviceEvent, queue: int, *, witness: Witness | None = None
+    ) -> None:
         self.threads.add(threading.get_ident())
         if dev == "stale" and not self.refreshed:
             raise StaleMapError("the guest rebooted")

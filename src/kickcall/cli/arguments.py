@@ -18,14 +18,14 @@ def seconds_of(text: str) -> float:
     """Return a duration in seconds. Raises UsageError where `text` is none."""
     from kickcall.errors import UsageError
 
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "": 1.0}
-    number = text.rstrip("ms")
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
+    number = text.rstrip("mshd")
     try:
         value = float(number) * units[text[len(number) :]]
     except (ValueError, KeyError):
         value = -1.0
-    if not 0 < value <= 86400:
-        raise UsageError(f"{text!r} is no duration: write 2s, 500ms or 1m")
+    if not 0 < value <= 366 * 86400:
+        raise UsageError(f"{text!r} is no duration: write 2s, 500ms, 1m or 1h")
     return value
 
 

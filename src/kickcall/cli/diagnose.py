@@ -43,18 +43,24 @@ def diagnose(
     kickcall diagnose vm0 --duration 10s --json
     """
     from kickcall.attached import attach
+    from kickcall.cli.journal import by_hand
     from kickcall.errors import UsageError
 
     if queue is not None and device is None:
         raise UsageError("--queue needs a DEVICE")
     seconds = seconds_of(duration)
-    with attach(machine) as attached, working(f"watching for {seconds:g} s or more"):
+    with (
+        attach(machine) as attached,
+        by_hand("diagnose --probe") as witness,
+        working(f"watching for {seconds:g} s or more"),
+    ):
         verdicts = attached.diagnose(
             device,
             queue,
             duration_s=seconds,
             probe=probe,
             tell=lambda text: typer.echo(text, err=True),
+            witness=witness,
         )
         name = attached.info.name
     if json:

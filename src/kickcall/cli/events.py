@@ -71,10 +71,11 @@ def _raise(
     json: bool,
 ) -> None:
     from kickcall.attached import attach
+    from kickcall.cli.journal import by_hand
 
-    with attach(machine) as attached:
+    with attach(machine) as attached, by_hand(str(event)) as witness:
         result = attached.device_event(
-            device, event, queue, via=via, dry_run=dry_run, watch_s=WATCH_S
+            device, event, queue, via=via, dry_run=dry_run, watch_s=WATCH_S, witness=witness
         )
     if json:
         print_json(_to_json(result))

@@ -37,10 +37,12 @@ def qmp(
     qmp-shell /run/vm0.qmp
     socat - UNIX-CONNECT:/run/vm0.qmp
     """
+    from kickcall.cli.journal import warn
     from kickcall.errors import MonitorBusyError, MonitorError, MonitorGoneError, UsageError
     from kickcall.qmp.server import Callbacks, Ended, run
     from kickcall.vmm.find import resolve
     from kickcall.vmm.served import served_monitor
+    from kickcall.watch.witness import JournalWitness
 
     if listen == Path():
         raise UsageError("--listen needs the path of a socket")
@@ -58,7 +60,8 @@ def qmp(
         listening=lambda where: typer.echo(
             f"listening on {where} (machine {found.name}, pid {found.pid}); try: qmp-shell {where}"
         ),
-        warning=lambda text: typer.echo(f"kickcall: warning: {text}", err=True),
+        warning=warn,
+        witness=JournalWitness("kickcall qmp", warn),
     )
     for upstream in paths:
         try:

@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from kickcall.errors import EventNotSupportedError, KickcallError, UsageError
+from kickcall.errors import (
+    EventNotSupportedError,
+    KickcallError,
+    MonitorGoneError,
+    MonitorTimeoutError,
+    UsageError,
+)
 from kickcall.model import Counters, DeviceEvent, Injection, Via
 
 if TYPE_CHECKING:
-    from kickcall.model import Device, QueueMap
+    from kickcall.model import Device, Machine, QueueMap
     from kickcall.vmm.session import MappedDevice, VmmSession
 
 ENTRY_POINTS = "kickcall.devices"
 """The group in which a package from outside registers a DeviceClass (packaging: entry points)."""
+
+
+class Witness(Protocol):
+    """Is told of one event before it is written, and of what became of it: for a journal.
+
+    After `before` exactly one of the others is called, unless the process dies in between.
+    """
+
+    def before(self, machine: Machine, planned: Injection) -> None:
+        """`planned` is about to be written. Raise KickcallError to prevent that."""
+        ...
+
+    def written(self, result: Injection) -> None:
+        """It was written."""
+        ...
+
+    def failed(self, error: KickcallError, *, maybe_written: bool) -> None:
+        """It was not written, or (`maybe_written`) nobody knows."""
+        ...
 
 
 class DeviceClass(ABC):
@@ -57,38 +83,54 @@ class DeviceClass(ABC):
         via: Via | None = None,
         dry_run: bool = False,
         watch_s: float = 0.0,
+        witness: Witness | None = None,
     ) -> Injection:
         """Raise `event` on queue number `queue` and return what was done.
 
         `via` forces one way; `dry_run` checks everything and writes nothing; `watch_s` is how many
         seconds to watch the queue before the counters "after" are read; they are unknown where the
-        machine ended meanwhile. Raises KickcallError and its kin, and then nothing was written
-        (but see `kickcall.devices.ways` for a monitor that fails to answer).
+        machine ended meanwhile. `witness` is told of what is written (of a dry run nothing is).
+        Raises KickcallError and its kin, and then nothing was written (but see
+        `kickcall.devices.ways` for a monitor that fails to answer).
         """
         queue_map = self.mapped.queue_map(queue)
         self.session.check_running()
         chosen, way = self._choose(event, queue_map, via)
-        # The cheap facts are checked last before the write; nothing slow may come in between.
-        self.session.verify(self.mapped, queue_map, event)
-        before = after = way.counters()
+
+        def injection(before: Counters, after: Counters) -> Injection:
+            return Injection(
+                machine=self.session.machine.name,
+                device=self.mapped.device.path,
+                queue=queue,
+                event=event,
+                via=chosen,
+                eventfd_id=way.eventfd_id,
+                before=before,
+                after=after,
+                layout=queue_map.layout,
+                dry_run=dry_run,
+                target=way.target,
+            )
+
+        if dry_run:
+            witness = None
+        if witness is not None:
+            now = way.counters()
+            witness.before(self.session.machine, injection(now, now))
+        with _witnessed(witness):
+            # The cheap facts are checked last before the write; nothing slow may come in between.
+            self.session.verify(self.mapped, queue_map, event)
+            before = after = way.counters()
+            if not dry_run:
+                way.write()
         if not dry_run:
-            way.write()
             if watch_s > 0:
                 time.sleep(watch_s)
             after = _counters_after(way)
-        return Injection(
-            machine=self.session.machine.name,
-            device=self.mapped.device.path,
-            queue=queue,
-            event=event,
-            via=chosen,
-            eventfd_id=way.eventfd_id,
-            before=before,
-            after=after,
-            layout=queue_map.layout,
-            dry_run=dry_run,
-            target=way.target,
-        )
+        result = injection(before, after)
+        if witness is not None:
+            witness.written(result)
+        return result
 
     def _choose(self, event: DeviceEvent, queue: QueueMap, via: Via | None) -> tuple[Via, Way]:
         offered = self.ways(event, queue)
@@ -125,6 +167,19 @@ class Way:
         self.write = write
         self.counters = counters
         self.eventfd_id = eventfd_id
+
+
+@contextmanager
+def _witnessed(witness: Witness | None) -> Iterator[None]:
+    """Tell the witness of what fails."""
+    try:
+        yield
+    except KickcallError as exc:
+        if witness is not None:
+            # Only a monitor can take an event and not say so: see `kickcall.devices.ways`.
+            unsaid = isinstance(exc, (MonitorTimeoutError, MonitorGoneError))
+            witness.failed(exc, maybe_written=unsaid)
+        raise
 
 
 def _counters_after(way: Way) -> Counters:

@@ -26,6 +26,7 @@ from kickcall.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from kickcall.devices.base import Witness
     from kickcall.qmp.event_command import EventRequest
     from kickcall.qmp.upstream import Upstream
     from kickcall.vmm.monitor import BorrowMonitor, Monitor
@@ -67,7 +68,9 @@ class LoopMonitor:
 class Attached(Protocol):
     """What an attached machine can do, as far as the server needs it (kickcall.attach)."""
 
-    def device_event(self, dev: str, event: Any, queue: int) -> Any: ...
+    def device_event(
+        self, dev: str, event: Any, queue: int, *, witness: Witness | None = None
+    ) -> Any: ...
 
     def refresh(self) -> Any: ...
 
@@ -89,11 +92,13 @@ class EventExecutor:
         upstream: Upstream,
         pid: int,
         attach: Callable[[int, BorrowMonitor], Attached] = attach,
+        witness: Witness | None = None,
     ) -> None:
         self._loop = loop
         self._monitor = LoopMonitor(loop, upstream)
         self._pid = pid
         self._attach = attach
+        self._witness = witness
         self._machine: Attached | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device-event")
 
@@ -128,13 +133,14 @@ class EventExecutor:
 
     def _raise(self, request: EventRequest) -> None:
         machine = self._ready()
+        asked = (request.dev, request.event, request.queue)
         try:
-            machine.device_event(request.dev, request.event, request.queue)
+            machine.device_event(*asked, witness=self._witness)
         except (MapError, DeviceNotFoundError, QueueNotFoundError, QueueNotReadyError):
             # The machine was mapped some time ago. Since then the guest may have rebooted, a
             # device been plugged in, a driver set its queues up. Nothing was written: look again.
             machine.refresh()
-            machine.device_event(request.dev, request.event, request.queue)
+            machine.device_event(*asked, witness=self._witness)
 
     def _detach(self) -> None:
         if self._machine is not None:

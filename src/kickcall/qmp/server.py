@@ -26,6 +26,7 @@ from kickcall.vmm import served
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kickcall.devices.base import Witness
     from kickcall.qmp.event_command import EventRequest
     from kickcall.qmp.executor import Attached
     from kickcall.vmm.monitor import BorrowMonitor
@@ -56,6 +57,8 @@ class Callbacks:
 
     listening: Callable[[str], None] = lambda path: None
     warning: Callable[[str], None] = lambda text: None
+    witness: Witness | None = None
+    """Is told of every event that is raised, in the thread that raises it."""
 
 
 class Server:
@@ -180,7 +183,7 @@ async def serve(
 
         upstream = Upstream(loop, greeted, on_event, lambda: ended(Ended.MONITOR))
         stack.callback(upstream.close)
-        executor = EventExecutor(loop, upstream, pid, attach)
+        executor = EventExecutor(loop, upstream, pid, attach, callbacks.witness)
         stack.push_async_callback(executor.close)
         # Before the executor's worker is waited for: it may be waiting for the monitor.
         stack.callback(upstream.close)
