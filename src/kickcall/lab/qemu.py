@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kickcall.errors import LabError
-from kickcall.lab.cache import built, run_tool, tool
+from kickcall.lab.cache import built, locked, run_tool, tool
 
 if TYPE_CHECKING:
     from kickcall.lab.cache import Tell
 
 PROGRAM = "qemu-system-x86_64"
 _MIRROR = "http://deb.debian.org/debian"
+_DEVICES = ("kvm", "vhost-net", "vhost-scsi", "vhost-vsock", "net/tun")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -39,6 +41,8 @@ def find_qemu(name: str, tell: Tell) -> Qemu:
     if os.geteuid() != 0:
         raise LabError(f"QEMU of Debian {name} runs under chroot, which only root may: use sudo")
     root = built(f"qemu-{name}", lambda folder: _bootstrap(name, folder, tell))
+    with locked("qemu-devices"):
+        _give_devices(root)
     return Qemu((tool("chroot", "coreutils"), str(root), PROGRAM), root)
 
 
@@ -56,6 +60,22 @@ def usable_kvm() -> bool:
     except OSError:
         return False
     return True
+
+
+def _give_devices(root: Path) -> None:
+    """Make in QEMU's root the device files of KVM and vhost that this host has."""
+    for name in _DEVICES:
+        node = root / "dev" / name
+        try:
+            number = os.stat(Path("/dev") / name).st_rdev
+        except FileNotFoundError:
+            continue
+        # vhost-scsi's number is another one each time the module is loaded.
+        if node.exists() and node.stat().st_rdev == number:
+            continue
+        node.parent.mkdir(exist_ok=True)
+        node.unlink(missing_ok=True)
+        os.mknod(node, stat.S_IFCHR | 0o600, number)
 
 
 def _bootstrap(suite: str, folder: Path, tell: Tell) -> None:
