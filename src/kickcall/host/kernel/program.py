@@ -173,7 +173,7 @@ def open_vmcore(path: Path, symbols: Sequence[Path] = ()) -> Kernel:
     program = drgn.Program()
     try:
         program.set_core_dump(path)
-    except (OSError, ValueError, LookupError, drgn.FaultError) as exc:
+    except Exception as exc:  # drgn raises bare Exceptions where the file is malformed
         raise KernelViewError(
             f"{path} could not be opened as a vmcore: {_first_line(exc)}"
         ) from exc
