@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kickcall.errors import KernelViewError
 from kickcall.host.kernel.kvm import vms_of
 from kickcall.host.kernel.processes import find_task
 from kickcall.host.kernel.vhost import vhosts_of
@@ -68,8 +69,13 @@ def verify(session: VmmSession, kernel: Kernel) -> tuple[Check, ...]:
             session.refresh()
         with session.borrow() as monitor:
             queues = wiring(session, monitor)
-        task = find_task(kernel, session.machine.pid, session.machine.start_time)
-        vms, vhosts = vms_of(kernel, task), vhosts_of(kernel, task)
+        try:
+            task = find_task(kernel, session.machine.pid, session.machine.start_time)
+            vms, vhosts = vms_of(kernel, task), vhosts_of(kernel, task)
+        except KernelViewError:  # a list that changed under us reads as damage
+            if attempt == _TRIES - 1:
+                raise
+            continue
         checks = compare(queues, vms, vhosts, session.machine.command)
         if not any(check.outcome is Outcome.DIFFERENT for check in checks):
             break

@@ -49,8 +49,7 @@ def find_task(kernel: Kernel, pid: int, start_time: int | None = None) -> Any:
             raise MachineGoneError(f"there is no process {pid} in Linux {kernel.release}")
         if start_time is None:
             return task
-        # Called real_start_time before Linux 5.5 (cf25e24db61c "time: Rename tsk->real_start_time
-        # to ->start_boottime").
+        # Called real_start_time before Linux 5.5.
         if int(task.start_boottime) // _TICK_NS != start_time:
             raise KernelViewError(
                 f"process {pid} is another one to the kernel: kickcall runs in a container with "

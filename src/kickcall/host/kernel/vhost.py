@@ -80,7 +80,7 @@ def _queues(kernel: Kernel, kind: str, address: int) -> tuple[KernelVhostQueue, 
         found = []
         for index in range(min(int(device.nvqs), _QUEUES_MAX)):
             queue = device.vqs[index]
-            worker = _worker(device, queue)
+            worker = worker_of(device, queue)
             found.append(
                 KernelVhostQueue(
                     index=index,
@@ -94,7 +94,7 @@ def _queues(kernel: Kernel, kind: str, address: int) -> tuple[KernelVhostQueue, 
                     features=int(queue.acked_features),
                     running=bool(queue.private_data),
                     kick=_eventfd(kernel, queue.kick.private_data) if queue.kick else None,
-                    call=_eventfd(kernel, _call_context(queue)),
+                    call=_eventfd(kernel, call_context(queue)),
                     worker=int(worker.pid) if worker else None,
                     worker_comm=worker.comm.string_().decode(errors="replace") if worker else "",
                     desc=queue.desc.value_(),
@@ -109,11 +109,10 @@ def _eventfd(kernel: Kernel, pointer: Any) -> KernelEventfd | None:
     return read_eventfd(kernel, pointer.value_()) if pointer else None
 
 
-def _call_context(queue: Any) -> Any:
+def call_context(queue: Any) -> Any:
     """Return the `struct eventfd_ctx *` that vhost calls with.
 
-    A struct of its own around it since Linux 5.9 (265a0ad8731d "vhost: introduce
-    vhost_vring_call").
+    It is in a struct of its own since Linux 5.9 ("vhost: introduce vhost_vring_call").
     """
     call = queue.call_ctx
     return call.ctx if _has(call, "ctx") and not _is_pointer(call) else call
@@ -131,19 +130,18 @@ def _has(value: Any, member: str) -> bool:
 
 def worker_of_poll(poll: Any) -> Any:
     """Return the task that a `struct vhost_poll` wakes, or None."""
-    # A poll has its queue since Linux 6.5 (493b94bf5ae0 "vhost: convert poll work to be vq based").
-    return _worker(poll.dev, poll.vq if _has(poll, "vq") else None)
+    # A poll has its queue since Linux 6.5 ("vhost: convert poll work to be vq based").
+    return worker_of(poll.dev, poll.vq if _has(poll, "vq") else None)
 
 
-def _worker(device: Any, queue: Any) -> Any:
+def worker_of(device: Any, queue: Any) -> Any:
     """Return the task that serves a queue, or None.
 
-    A `struct task_struct *` of the device until Linux 6.3; a `struct vhost_worker` of the device in
-    6.4 (1a5f8090c6de "vhost: move worker thread fields to new struct"), of the queue since 6.5
-    (228a27cf78af "vhost: Allow worker switching while work is queueing" and its series), whose
-    thread is a `struct vhost_task` since 6.4 (6e890c5d5021 "vhost: use vhost_tasks for worker
-    threads") and may be a kernel thread again since 6.17 (7d9896e9f6d0 "vhost: Reintroduce kthread
-    API and add mode selection").
+    Until Linux 6.3 `worker` is the device's `struct task_struct *`; in 6.4 a `struct vhost_worker`
+    of the device ("vhost: move worker thread fields to new struct"); since 6.5 one of the queue
+    ("vhost: replace single worker pointer with xarray"). Its thread is `vtsk`, a `struct
+    vhost_task` ("vhost: use vhost_tasks for worker threads", 6.4), or `kthread_task` ("vhost:
+    Reintroduce kthread API and add mode selection", 6.17, and in Debian's 6.12.107): one is NULL.
     """
     if queue and _has(queue, "worker"):
         worker = queue.worker
