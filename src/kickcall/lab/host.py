@@ -251,7 +251,7 @@ def _host_arguments(host: LabHost, image: HostImage) -> list[str]:
     return [
         *("-accel", accelerator, "-cpu", "host" if nested else "EPYC,+svm,+npt"),
         *("-kernel", str(image.boot.kernel), "-initrd", str(image.boot.initramfs)),
-        *("-append", "console=ttyS0 quiet panic=-1 tsc=reliable"),
+        *("-append", "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check"),
         # Tells QEMU where the kernel keeps its VMCOREINFO, without which a dump is no vmcore.
         *("-no-reboot", "-device", "vmcoreinfo"),
         *("-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"),
