@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from kickcall.devices.base import device_class, parse_event
-from kickcall.errors import DeviceNotFoundError, UsageError
+from kickcall.errors import DeviceNotFoundError, KickcallError, UsageError
 from kickcall.model import DeviceEvent, Via
 from kickcall.vmm import observe
 from kickcall.vmm.find import resolve
@@ -96,18 +97,27 @@ class AttachedMachine:
         via: Via | str | None = None,
         dry_run: bool = False,
         watch_s: float = 0.0,
+        allow_pause: bool = False,
+        tell: Callable[[str], None] | None = None,
         witness: Witness | None = None,
     ) -> Injection:
         """Raise `event` on a queue of a device: the RFC's command, as a function.
 
         `via` forces a way; `dry_run` checks and writes nothing; `watch_s` is how many seconds the
-        queue is watched before the counters "after" are read; `witness` is told before and after
-        (kickcall.watch.witness writes it to the journal, which this does not do by itself). Raises
-        KickcallError and its kin; then nothing was written.
+        queue is watched before the counters "after" are read. With `allow_pause` the machine may be
+        paused for milliseconds where no other way applies; `tell` is told so before. `witness` is
+        told before and after (kickcall.watch.witness writes it to the journal, which this does not
+        do by itself). Raises KickcallError and its kin; then nothing was written.
         """
         attached = self.device(dev)
         return attached.queue(queue).raise_event(
-            event, via=via, dry_run=dry_run, watch_s=watch_s, witness=witness
+            event,
+            via=via,
+            dry_run=dry_run,
+            watch_s=watch_s,
+            allow_pause=allow_pause,
+            tell=tell,
+            witness=witness,
         )
 
     def diagnose(
@@ -231,16 +241,30 @@ class AttachedQueue:
         return observe.queue_state(self._session, self._mapped, self.map)
 
     def kick(
-        self, *, via: Via | str | None = None, dry_run: bool = False, watch_s: float = 0.0
+        self,
+        *,
+        via: Via | str | None = None,
+        dry_run: bool = False,
+        watch_s: float = 0.0,
+        allow_pause: bool = False,
     ) -> Injection:
         """Kick the device: it looks at the available ring. See `AttachedMachine.device_event`."""
-        return self.raise_event(DeviceEvent.KICK, via=via, dry_run=dry_run, watch_s=watch_s)
+        return self.raise_event(
+            DeviceEvent.KICK, via=via, dry_run=dry_run, watch_s=watch_s, allow_pause=allow_pause
+        )
 
     def call(
-        self, *, via: Via | str | None = None, dry_run: bool = False, watch_s: float = 0.0
+        self,
+        *,
+        via: Via | str | None = None,
+        dry_run: bool = False,
+        watch_s: float = 0.0,
+        allow_pause: bool = False,
     ) -> Injection:
         """Call the driver: it looks at the used ring. See `AttachedMachine.device_event`."""
-        return self.raise_event(DeviceEvent.CALL, via=via, dry_run=dry_run, watch_s=watch_s)
+        return self.raise_event(
+            DeviceEvent.CALL, via=via, dry_run=dry_run, watch_s=watch_s, allow_pause=allow_pause
+        )
 
     def raise_event(
         self,
@@ -249,17 +273,27 @@ class AttachedQueue:
         via: Via | str | None = None,
         dry_run: bool = False,
         watch_s: float = 0.0,
+        allow_pause: bool = False,
+        tell: Callable[[str], None] | None = None,
         witness: Witness | None = None,
     ) -> Injection:
         """Raise `event` on this queue. See `AttachedMachine.device_event`."""
-        return device_class(self._session, self._mapped).device_event(
+        kind = device_class(self._session, self._mapped)
+        result = kind.device_event(
             parse_event(event),
             self.map.index,
             via=_parse_via(via),
             dry_run=dry_run,
             watch_s=watch_s,
+            allow_pause=allow_pause,
+            tell=tell,
             witness=witness,
         )
+        if kind.mapped is not self._mapped:  # the machine was paused, and mapped anew
+            self._mapped = kind.mapped
+            with suppress(KickcallError):
+                self.map = kind.mapped.queue_map(self.map.index)
+        return result
 
 
 def _parse_via(via: Via | str | None) -> Via | None:

@@ -85,6 +85,14 @@ class CounterFullError(KickcallError):
     """The eventfd's count is at its maximum: a write would block, so none was made."""
 
 
+class StubError(KickcallError):
+    """The gdb stub did not do what was asked, or the write through it did not come about."""
+
+
+class StubBusyError(StubError):
+    """The machine's gdb stub is a debugger's, or QEMU opens none, or it may not be paused now."""
+
+
 class KernelViewError(KickcallError):
     """The kernel's own structures could not be read; the message says what is missing for it."""
 

@@ -25,6 +25,8 @@ class Via(enum.StrEnum):
     QMP = "qmp"
     EVENTFD = "eventfd"
     IOPORT = "ioport"
+    MMIO = "mmio"
+    """Pauses the machine, for milliseconds."""
 
 
 class Layout(enum.StrEnum):
@@ -221,6 +223,8 @@ class Injection:
     dry_run: bool = False
     target: str = ""
     """What was written to, in words: `eventfd 1234 (fd 27)`, `I/O port 0xc010`."""
+    pause_ms: float | None = None
+    """For how many milliseconds the machine was paused; None where it ran on."""
 
 
 class Signaller(enum.StrEnum):

@@ -22,6 +22,8 @@ from kickcall.errors import (
     QueueNotFoundError,
     QueueNotReadyError,
     StaleMapError,
+    StubBusyError,
+    StubError,
     UsageError,
 )
 from kickcall.model import (
@@ -207,7 +209,7 @@ def test_where_no_way_applies_every_reason_is_told() -> None:
 def test_a_virtio_device_is_asked_by_the_vmms_own_command_first(event: DeviceEvent) -> None:
     session = cast("VmmSession", SimpleNamespace(monitor_is_ours=False))
     mapped, queue = PlayedMachine().mapped, PlayedMachine().queue(0)
-    assert list(virtio_ways(session, mapped, queue, event)) == [Via.QMP, Via.EVENTFD, Via.IOPORT]
+    assert list(virtio_ways(session, mapped, queue, event)) == list(Via)
 
 
 def test_kickcalls_own_socket_is_the_last_way_not_the_first() -> None:
@@ -305,6 +307,87 @@ def test_another_word_is_no_event(word: str) -> None:
         parse_event(word)
 
 
+# Ways that pause the machine
+
+
+class PausingMachine(PlayedMachine):
+    """A played machine with a way that pauses it, and with another map afterwards."""
+
+    def __init__(self, *, fails: dict[str, KickcallError] | None = None) -> None:
+        super().__init__(fails=fails)
+        self.mapped_anew = SimpleNamespace(device=device(), queue_map=self.queue)
+        for name, what in (
+            ("refresh", lambda: self.step("refresh")),
+            ("device_at", lambda path: self.mapped_anew),
+        ):
+            setattr(self.session, name, what)
+
+    def pausing_way(self) -> Way:
+        def write() -> float:
+            self.write()
+            return 2.5
+
+        return Way("a register", write, self.counters)
+
+    def offers(self, neutral: Offer) -> dict[Via, Offer]:
+        return {Via.EVENTFD: neutral, Via.MMIO: self.pausing_way}
+
+
+def test_a_pause_that_nobody_allowed_is_not_taken_and_the_refusal_names_the_option() -> None:
+    machine = PausingMachine()
+    kind = made_up(machine, machine.offers(lambda: "no notifier"))
+    with pytest.raises(EventNotSupportedError, match=r"no notifier; mmio: .*\(--allow-pause\)"):
+        kind.device_event(CALL, 0)
+    assert "write" not in machine.log
+
+
+def test_a_pause_that_was_allowed_is_taken_only_where_nothing_neutral_applies() -> None:
+    machine = PausingMachine()
+    assert made_up(machine, machine.offers(machine.way)).device_event(
+        CALL, 0, allow_pause=True
+    ).via is (Via.EVENTFD)
+    result = made_up(machine, machine.offers(lambda: "no notifier")).device_event(
+        CALL, 0, allow_pause=True
+    )
+    assert (result.via, result.pause_ms) == (Via.MMIO, 2.5)
+
+
+def test_to_force_the_way_is_to_allow_the_pause() -> None:
+    machine = PausingMachine()
+    result = made_up(machine, machine.offers(machine.way)).device_event(CALL, 0, via=Via.MMIO)
+    assert result.via is Via.MMIO
+
+
+def test_a_pause_is_told_before_and_the_machine_is_mapped_anew_after() -> None:
+    machine = PausingMachine()
+    kind = made_up(machine, machine.offers(lambda: "no notifier"))
+    kind.device_event(CALL, 0, allow_pause=True, tell=machine.log.append)
+    told, checked, counted, written, *after = machine.log[2:]
+    assert told.startswith("pausing vm0 for some milliseconds to write a register")
+    assert (checked, counted, written) == ("verify", "counters", "write")
+    assert after == ["refresh", "counters"]
+    assert kind.mapped is cast("MappedDevice", machine.mapped_anew)
+
+
+def test_a_dry_run_pauses_nothing_and_tells_no_pause() -> None:
+    machine = PausingMachine()
+    result = made_up(machine, machine.offers(machine.way)).device_event(
+        CALL, 0, via=Via.MMIO, dry_run=True, tell=machine.log.append
+    )
+    assert result.pause_ms is None
+    assert machine.log == ["queue", "running", "verify", "counters"]
+
+
+def test_an_event_that_was_raised_is_no_failure_where_the_machine_cannot_be_mapped_anew() -> None:
+    machine = PausingMachine(fails={"refresh": MonitorGoneError("it went away")})
+    result = made_up(machine, machine.offers(machine.way)).device_event(CALL, 0, via=Via.MMIO)
+    assert result.pause_ms == 2.5
+
+
+def test_a_neutral_way_pauses_nothing() -> None:
+    assert made_up(PlayedMachine()).device_event(KICK, 0).pause_ms is None
+
+
 class Told:
     """A witness that notes what it is told, among what happens."""
 
@@ -353,6 +436,8 @@ def test_a_witness_can_prevent_the_write() -> None:
         ("write", CounterFullError("it is full"), False),
         ("write", MonitorTimeoutError("no answer"), True),
         ("write", MonitorGoneError("it went away"), True),
+        ("write", StubError("the writer was killed"), True),
+        ("write", StubBusyError("a debugger has it"), False),
     ],
 )
 def test_a_witness_is_told_what_failed(

@@ -111,7 +111,13 @@ class FakeMachine:
     threads: set[int] = field(default_factory=set)
 
     def device_event(
-        self, dev: str, event: DeviceEvent, queue: int, *, witness: Witness | None = None
+        self,
+        dev: str,
+        event: DeviceEvent,
+        queue: int,
+        *,
+        allow_pause: bool = False,
+        witness: Witness | None = None,
     ) -> None:
         self.threads.add(threading.get_ident())
         if dev == "stale" and not self.refreshed:

@@ -20,7 +20,13 @@ QueueOption = Annotated[
     int, typer.Option("--queue", "-q", min=0, help="The queue's number.", show_default=False)
 ]
 ViaOption = Annotated[
-    str, typer.Option("--via", help="The way: auto, qmp, eventfd or ioport.", metavar="WAY")
+    str, typer.Option("--via", help="The way: auto, qmp, eventfd, ioport or mmio.", metavar="WAY")
+]
+PauseOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pause", help="Where nothing else applies, pause the machine for milliseconds."
+    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
@@ -32,6 +38,7 @@ def kick(
     device: DeviceArgument,
     queue: QueueOption,
     via: ViaOption = "auto",
+    allow_pause: PauseOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -41,7 +48,7 @@ def kick(
     kickcall kick vm0 vscsi0 --queue 3
     kickcall kick vm0 /machine/peripheral/vscsi0 --queue 3 --dry-run
     """
-    _raise(machine, device, DeviceEvent.KICK, queue, via, dry_run, json)
+    _raise(machine, device, DeviceEvent.KICK, queue, via, allow_pause, dry_run, json)
 
 
 def call(
@@ -49,6 +56,7 @@ def call(
     device: DeviceArgument,
     queue: QueueOption,
     via: ViaOption = "auto",
+    allow_pause: PauseOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -57,8 +65,9 @@ def call(
     \b
     kickcall call vm0 vscsi0 --queue 3
     kickcall call vm0 vscsi0 --queue 3 --via eventfd --json
+    kickcall call vm0 net0 --queue 0 --allow-pause
     """
-    _raise(machine, device, DeviceEvent.CALL, queue, via, dry_run, json)
+    _raise(machine, device, DeviceEvent.CALL, queue, via, allow_pause, dry_run, json)
 
 
 def _raise(
@@ -67,6 +76,7 @@ def _raise(
     event: DeviceEvent,
     queue: int,
     via: str,
+    allow_pause: bool,
     dry_run: bool,
     json: bool,
 ) -> None:
@@ -75,7 +85,15 @@ def _raise(
 
     with attach(machine) as attached, by_hand(str(event)) as witness:
         result = attached.device_event(
-            device, event, queue, via=via, dry_run=dry_run, watch_s=WATCH_S, witness=witness
+            device,
+            event,
+            queue,
+            via=via,
+            dry_run=dry_run,
+            watch_s=WATCH_S,
+            allow_pause=allow_pause,
+            tell=lambda text: typer.echo(f"kickcall: {plain(text)}", err=True),
+            witness=witness,
         )
     if json:
         print_json(_to_json(result))
@@ -93,6 +111,7 @@ def _to_json(result: Injection) -> dict[str, object]:
         "eventfd_id": result.eventfd_id,
         "layout": result.layout,
         "target": result.target,
+        "pause_ms": result.pause_ms,
         "dry_run": result.dry_run,
         "before": result.before,
         "after": result.after,
@@ -107,6 +126,8 @@ def _tell(result: Injection) -> None:
         return
     done = "kicked" if result.event is DeviceEvent.KICK else "called"
     typer.echo(f"{done} {where} via {result.via}: {result.target}")
+    if result.pause_ms is not None:
+        typer.echo(f"  paused  {result.pause_ms:.1f} ms")
     typer.echo(f"  before  {_counters(result, result.before)}")
     typer.echo(f"  after   {_counters(result, result.after)}  ({WATCH_S * 1000:.0f} ms later)")
     typer.echo(f"  {_meaning(result)}")

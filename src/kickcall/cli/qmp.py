@@ -18,6 +18,13 @@ def qmp(
             "--listen", "-l", help="Where to make the socket (mode 0600).", show_default=False
         ),
     ],
+    allow_pause: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pause",
+            help="An event may pause the machine for milliseconds where nothing else applies.",
+        ),
+    ] = False,
 ) -> None:
     """Serve a machine's own QMP monitor, with x-debug-device-event, to many clients at once.
 
@@ -34,6 +41,7 @@ def qmp(
     \b
     kickcall qmp vm0 --listen /run/vm0.qmp
     kickcall qmp qmp:/var/run/qemu/vm0.sock --listen /run/vm0.qmp
+    kickcall qmp vm0 --listen /run/vm0.qmp --allow-pause
     qmp-shell /run/vm0.qmp
     socat - UNIX-CONNECT:/run/vm0.qmp
     """
@@ -62,6 +70,7 @@ def qmp(
         ),
         warning=warn,
         witness=JournalWitness("kickcall qmp", warn),
+        allow_pause=allow_pause,
     )
     for upstream in paths:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -15,6 +15,7 @@ from kickcall.errors import (
     KickcallError,
     MonitorGoneError,
     MonitorTimeoutError,
+    StubError,
     UsageError,
 )
 from kickcall.model import Counters, DeviceEvent, Injection, Via
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "kickcall.devices"
 """The group in which a package from outside registers a DeviceClass (packaging: entry points)."""
+PAUSES = frozenset({Via.MMIO})
+"""The ways that stop the machine for a moment, and so are taken only where that was allowed."""
 
 
 class Witness(Protocol):
@@ -83,19 +86,24 @@ class DeviceClass(ABC):
         via: Via | None = None,
         dry_run: bool = False,
         watch_s: float = 0.0,
+        allow_pause: bool = False,
+        tell: Callable[[str], None] | None = None,
         witness: Witness | None = None,
     ) -> Injection:
         """Raise `event` on queue number `queue` and return what was done.
 
         `via` forces one way; `dry_run` checks everything and writes nothing; `watch_s` is how many
         seconds to watch the queue before the counters "after" are read; they are unknown where the
-        machine ended meanwhile. `witness` is told of what is written (of a dry run nothing is).
+        machine ended meanwhile. A way that pauses the machine is taken only with `allow_pause`, or
+        where `via` forces it, and `tell` is told before; afterwards the machine is mapped anew.
+        `witness` is told of what is written (of a dry run nothing is).
         Raises KickcallError and its kin, and then nothing was written (but see
         `kickcall.devices.ways` for a monitor that fails to answer).
         """
         queue_map = self.mapped.queue_map(queue)
         self.session.check_running()
-        chosen, way = self._choose(event, queue_map, via)
+        chosen, way = self._choose(event, queue_map, via, allow_pause)
+        pause_ms: float | None = None
 
         def injection(before: Counters, after: Counters) -> Injection:
             return Injection(
@@ -110,10 +118,16 @@ class DeviceClass(ABC):
                 layout=queue_map.layout,
                 dry_run=dry_run,
                 target=way.target,
+                pause_ms=pause_ms,
             )
 
         if dry_run:
             witness = None
+        elif chosen in PAUSES and tell is not None:
+            tell(
+                f"pausing {self.session.machine.name} for some milliseconds to write {way.target}: "
+                "its ioeventfds and vhost restart, and their counts begin anew"
+            )
         if witness is not None:
             now = way.counters()
             witness.before(self.session.machine, injection(now, now))
@@ -122,17 +136,27 @@ class DeviceClass(ABC):
             self.session.verify(self.mapped, queue_map, event)
             before = after = way.counters()
             if not dry_run:
-                way.write()
+                pause_ms = way.write()
+                written_at = time.monotonic()
         if not dry_run:
-            if watch_s > 0:
-                time.sleep(watch_s)
+            if pause_ms is not None:
+                self._map_anew()
+            time.sleep(max(written_at + watch_s - time.monotonic(), 0.0))
             after = _counters_after(way)
         result = injection(before, after)
         if witness is not None:
             witness.written(result)
         return result
 
-    def _choose(self, event: DeviceEvent, queue: QueueMap, via: Via | None) -> tuple[Via, Way]:
+    def _map_anew(self) -> None:
+        """Map the machine anew: a pause gives its queues other notifiers."""
+        with suppress(KickcallError):  # the event was raised; a map that is stale is found to be
+            self.session.refresh()
+            self.mapped = self.session.device_at(self.mapped.device.path)
+
+    def _choose(
+        self, event: DeviceEvent, queue: QueueMap, via: Via | None, allow_pause: bool
+    ) -> tuple[Via, Way]:
         offered = self.ways(event, queue)
         device = self.mapped.device
         if via is not None:
@@ -143,6 +167,12 @@ class DeviceClass(ABC):
             offered = {via: offered[via]}
         reasons = []
         for candidate, offer in offered.items():
+            if candidate in PAUSES and not (allow_pause or via is candidate):
+                reasons.append(
+                    f"{candidate}: it pauses the machine for milliseconds, which nobody allowed "
+                    "(--allow-pause)"
+                )
+                continue
             way = offer()
             if isinstance(way, Way):
                 return candidate, way
@@ -154,12 +184,15 @@ class DeviceClass(ABC):
 
 
 class Way:
-    """One event that is ready to be written, and how its effect is read."""
+    """One event that is ready to be written, and how its effect is read.
+
+    `write` returns for how many milliseconds it paused the machine; None where that ran on.
+    """
 
     def __init__(
         self,
         target: str,
-        write: Callable[[], None],
+        write: Callable[[], float | None],
         counters: Callable[[], Counters],
         eventfd_id: int | None = None,
     ) -> None:
@@ -176,8 +209,10 @@ def _witnessed(witness: Witness | None) -> Iterator[None]:
         yield
     except KickcallError as exc:
         if witness is not None:
-            # Only a monitor can take an event and not say so: see `kickcall.devices.ways`.
+            # Only a monitor can take an event and not say so (see `kickcall.devices.ways`), or a
+            # process that writes on our behalf and is killed.
             unsaid = isinstance(exc, (MonitorTimeoutError, MonitorGoneError))
+            unsaid |= type(exc) is StubError
             witness.failed(exc, maybe_written=unsaid)
         raise
 

@@ -1,4 +1,4 @@
-"""The ways to inject that several kinds of device share: `qmp`, `eventfd`, `ioport`."""
+"""The ways to inject that several kinds of device share: `qmp`, `eventfd`, `ioport`, `mmio`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kickcall.devices.base import Way
 from kickcall.errors import MonitorGoneError, MonitorTimeoutError, QmpCommandError
 from kickcall.host import eventfds
 from kickcall.model import Counters, DeviceEvent, Via
-from kickcall.vmm import observe, pci
+from kickcall.vmm import observe, pause, pci, registers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +32,7 @@ def virtio_ways(
         Via.QMP: partial(via_qmp, session, mapped, queue, event),
         Via.EVENTFD: partial(via_eventfd, session, mapped, queue, event),
         Via.IOPORT: partial(via_ioport, session, mapped, queue, event),
+        Via.MMIO: partial(via_mmio, session, mapped, queue, event),
     }
     if session.monitor_is_ours:
         # There the RFC's command is kickcall's own, and would only come back here.
@@ -110,6 +111,31 @@ def via_ioport(
         write,
         partial(observe.counters, session, mapped, queue, queue.kick),
         None if queue.kick is None else queue.kick.eventfd_id,
+    )
+
+
+def via_mmio(
+    session: VmmSession, mapped: MappedDevice, queue: QueueMap, event: DeviceEvent
+) -> Way | str:
+    """Write the doorbell, or the interrupt's message, through the gdb stub: that pauses."""
+    with session.borrow() as monitor:
+        found = registers.register_write(session, monitor, mapped, queue, event)
+    if isinstance(found, str):
+        return found
+    write, target = found
+
+    def counters() -> Counters:
+        # After the pause the machine is mapped anew, and the queue has other notifiers.
+        now = session.device_at(mapped.device.path)
+        queue_now = now.queue_map(queue.index)
+        return observe.counters(session, now, queue_now, _notifier(queue_now, event))
+
+    notifier = _notifier(queue, event)
+    return Way(
+        target,
+        partial(pause.write_paused, session, write),
+        counters,
+        None if notifier is None else notifier.eventfd_id,
     )
 
 

@@ -69,7 +69,13 @@ class Attached(Protocol):
     """What an attached machine can do, as far as the server needs it (kickcall.attach)."""
 
     def device_event(
-        self, dev: str, event: Any, queue: int, *, witness: Witness | None = None
+        self,
+        dev: str,
+        event: Any,
+        queue: int,
+        *,
+        allow_pause: bool = False,
+        witness: Witness | None = None,
     ) -> Any: ...
 
     def refresh(self) -> Any: ...
@@ -93,12 +99,15 @@ class EventExecutor:
         pid: int,
         attach: Callable[[int, BorrowMonitor], Attached] = attach,
         witness: Witness | None = None,
+        *,
+        allow_pause: bool = False,
     ) -> None:
         self._loop = loop
         self._monitor = LoopMonitor(loop, upstream)
         self._pid = pid
         self._attach = attach
         self._witness = witness
+        self._allow_pause = allow_pause
         self._machine: Attached | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device-event")
 
@@ -135,12 +144,12 @@ class EventExecutor:
         machine = self._ready()
         asked = (request.dev, request.event, request.queue)
         try:
-            machine.device_event(*asked, witness=self._witness)
+            machine.device_event(*asked, allow_pause=self._allow_pause, witness=self._witness)
         except (MapError, DeviceNotFoundError, QueueNotFoundError, QueueNotReadyError):
             # The machine was mapped some time ago. Since then the guest may have rebooted, a
             # device been plugged in, a driver set its queues up. Nothing was written: look again.
             machine.refresh()
-            machine.device_event(*asked, witness=self._witness)
+            machine.device_event(*asked, allow_pause=self._allow_pause, witness=self._witness)
 
     def _detach(self) -> None:
         if self._machine is not None:

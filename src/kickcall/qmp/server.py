@@ -59,6 +59,8 @@ class Callbacks:
     warning: Callable[[str], None] = lambda text: None
     witness: Witness | None = None
     """Is told of every event that is raised, in the thread that raises it."""
+    allow_pause: bool = False
+    """An event may pause the machine for milliseconds where no other way applies."""
 
 
 class Server:
@@ -183,7 +185,9 @@ async def serve(
 
         upstream = Upstream(loop, greeted, on_event, lambda: ended(Ended.MONITOR))
         stack.callback(upstream.close)
-        executor = EventExecutor(loop, upstream, pid, attach, callbacks.witness)
+        executor = EventExecutor(
+            loop, upstream, pid, attach, callbacks.witness, allow_pause=callbacks.allow_pause
+        )
         stack.push_async_callback(executor.close)
         # Before the executor's worker is waited for: it may be waiting for the monitor.
         stack.callback(upstream.close)

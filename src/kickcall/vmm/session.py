@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from kickcall.errors import (
+    DeviceNotFoundError,
     KickcallError,
     MachineGoneError,
     MapError,
@@ -153,6 +154,13 @@ class VmmSession:
             self.memory: GuestMemory = read_guest_memory(monitor)
             self.devices = self._map(monitor)
             self._positions_proved = self._prove_positions(monitor)
+
+    def device_at(self, path: str) -> MappedDevice:
+        """Return the device with that QOM path, as it is mapped now. Raises DeviceNotFoundError."""
+        for mapped in self.devices:
+            if mapped.device.path == path:
+                return mapped
+        raise DeviceNotFoundError(f"{self.machine.name} has no device {path} any more")
 
     def has_command(self, name: str) -> bool:
         """Tell whether the monitor knows the QMP command `name`."""

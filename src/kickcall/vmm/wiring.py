@@ -72,23 +72,28 @@ class QueueWiring:
 
 def wiring(session: VmmSession, monitor: Monitor) -> tuple[QueueWiring, ...]:
     """Return the wiring of every queue that is mapped, as it is now."""
-    told = monitor.hmp("info mtree -f")
-    memory = interrupts.flat_view(told, "memory")
-    ports = interrupts.flat_view(told, "I/O")
+    memory, ports = device_views(monitor)
     found: list[QueueWiring] = []
     for mapped in session.devices:
         if mapped.array is not None and mapped.device.driver_ok:
-            found.extend(_device(session, monitor, mapped, memory, ports))
+            found.extend(wiring_of(session, monitor, mapped, memory, ports))
     return tuple(found)
 
 
-def _device(
+def device_views(monitor: Monitor) -> tuple[list[Region], list[Region]]:
+    """Return what is where in memory and among the I/O ports, as the processors see it."""
+    told = monitor.hmp("info mtree -f")
+    return interrupts.flat_view(told, "memory"), interrupts.flat_view(told, "I/O")
+
+
+def wiring_of(
     session: VmmSession,
     monitor: Monitor,
     mapped: MappedDevice,
     memory: list[Region],
     ports: list[Region],
 ) -> list[QueueWiring]:
+    """Return the wiring of a device's queues that are mapped, by those views."""
     function = interrupts.pci_function(monitor, mapped)
     table, no_table = _table(monitor, function, memory)
     notify = None if function is None else _notify_region(function, memory)
