@@ -15,5 +15,21 @@ sys.exit(missing() and f"kvm-tests: this machine has not {missing()}: a KVM host
 if $PY -c "$here"; then
     exec $PY -m pytest tests/kvm "$@"
 fi
-exec .venv/bin/kickcall lab host run --name kvm-tests -- \
-    $PY -m pytest -p no:cacheprovider tests/kvm "$@"
+# The host has no network: what it inserts into kernels is built before.
+$PY tests/kernel_module.py
+lab() {
+    command=$1
+    shift
+    .venv/bin/kickcall lab host "$command" --name kvm-tests "$@"
+}
+if [ -z "${KICKCALL_WRITE_DOCS:-}" ]; then
+    lab run -- $PY -m pytest -p no:cacheprovider tests/kvm "$@"
+    exit
+fi
+# Pages that tests write are in the folder that is shared with the host, and end with it.
+trap 'lab down' EXIT
+lab up
+lab run -- $PY -m pytest -p no:cacheprovider tests/kvm "$@"
+lab run -- sh -c 'echo "$KICKCALL_LAB_SHARED"' | while read -r shared; do
+    cp "$shared"/docs/* docs/
+done

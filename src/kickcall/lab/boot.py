@@ -43,7 +43,7 @@ def boot(
     *,
     outlives: bool = False,
     wait: bool = True,
-    timeout: float = 60.0,
+    timeout: float = 180.0,
     tell: Tell = log_progress,
 ) -> LabMachine:
     """Boot a lab machine and return it when its guest takes commands (`wait`).

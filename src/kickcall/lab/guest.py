@@ -5,13 +5,14 @@ Requests and replies are lines:
 
     ping ID - .               = ID pong BOOT-ID
     start ID -BASE64 .        = ID started -
-    poll ID - .               = ID running -    = ID done STATUS -BASE64    = ID unknown -
+    poll ID - .               = ID running -    = ID done STATUS zBASE64    = ID unknown -
     kill ID - .               = ID killed -
     drop ID - .               (no reply)
 
-Every request may be sent twice: the agent starts an id only once, so a request that was lost
-while the guest booted is simply repeated. QEMU serves one client of the socket at a time, so
-each exchange connects, asks and leaves, under a lock that all host processes share.
+What a command printed comes compressed. Every request may be sent twice: the agent starts an id
+only once, so a request that was lost while the guest booted is simply repeated. QEMU serves one
+client of the socket at a time, so each exchange connects, asks and leaves, under a lock that all
+host processes share.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import gzip
 import secrets
 import select
 import socket
@@ -73,8 +75,10 @@ class Command:
         if self._result is None:
             match self._guest.exchange("poll", self.id):
                 case ["done", status, output]:
-                    text = base64.b64decode(output[1:]).decode(errors="replace")
-                    self._result = CommandResult(int(status), text)
+                    text = base64.b64decode(output[1:])
+                    # A machine that was booted before this version answers with `-`.
+                    text = gzip.decompress(text) if output[0] == "z" else text
+                    self._result = CommandResult(int(status), text.decode(errors="replace"))
                     self._guest.forget(self.id)
                 case ["unknown", *_]:
                     raise LabError(f"the guest rebooted while it ran: {self.command}")
