@@ -97,36 +97,86 @@ def diagnose(
         verdict = _judge(session, one, limits)
         if probe and verdict.event is not None:
             verdict = _probe(session, one, verdict, tell, witness)
-        verdicts.append(_on_the_wall(verdict, offset))
+        verdicts.append(on_the_wall(verdict, offset))
     seen = {id(one.mapped) for one in watched}
     unseen = [_not_watched(session, one) for one in chosen if id(one) not in seen]
-    return (*verdicts, *(_on_the_wall(one, offset) for one in unseen))
+    return (*verdicts, *(on_the_wall(one, offset) for one in unseen))
 
 
 class Watch:
-    """The histories of all queues of a sampler, kept by looking again and again."""
+    """The histories of all queues of a sampler, kept by looking again and again.
+
+    Only of queues that moved, or are not at rest, anything is worked out at a look: thousands that
+    rest cost next to nothing. Their histories are brought up to date when they are asked for.
+    """
 
     def __init__(self, sampler: Sampler, recording: Recording | None = None) -> None:
         self.sampler = sampler
         self._recording = recording
-        self.tracks = [start(sample) for sample in sampler.sample()]
+        self._tracks = [start(sample) for sample in sampler.sample()]
+        self._at = self._tracks[0].now.at if self._tracks else time.monotonic()
         self._looked = time.monotonic()
+        self._restless = {
+            number
+            for number, (fixed, track) in enumerate(zip(sampler.queues, self._tracks, strict=True))
+            if may_sleep_with_calls_off(fixed, track)
+        }
+        self._settled: set[int] = set()
         self._holders = Holders()
 
-    def look_after(self, interval_s: float) -> None:
-        """Sleep for `interval_s` seconds and look.
+    @property
+    def tracks(self) -> list[Track]:
+        """The history of every queue, as of the last look."""
+        return [self.track(number) for number in range(len(self._tracks))]
 
-        Time by which this comes too late is forgiven to everybody: a host that does not run the
-        watcher may not have run the back-end either.
-        """
+    def track(self, number: int) -> Track:
+        """Return the history of a queue, as of the last look."""
+        track = self._tracks[number]
+        if track.now.at < self._at:
+            # It was at rest: every look since has found it as it is.
+            track = advance(track, replace(track.now, at=self._at), self.sampler.queues[number])
+            self._tracks[number] = track
+        return track
+
+    def adopt(self, number: int, track: Track) -> None:
+        """Go on with the history of a queue that another watch of the same map has kept."""
+        self._tracks[number] = track
+
+    def settle(self, number: int) -> None:
+        """Leave a queue out of `look` until it moves: nothing can come of it until then."""
+        self._settled.add(number)
+
+    def look_after(self, interval_s: float) -> None:
+        """Sleep for `interval_s` seconds and look; see `look`."""
+        due = self._looked + interval_s
         time.sleep(interval_s)
-        samples = self.sampler.sample()
+        self.look(due)
+
+    def look(self, due: float | None = None) -> list[int]:
+        """Look, and return the numbers of the queues that moved, or wait, or may be stalled.
+
+        `due` is when the look should have been. Time by which it comes too late is forgiven to
+        everybody: a host that does not run the watcher may not have run the back-end either.
+        """
+        found = self.sampler.look()
         now = time.monotonic()
-        late = now - self._looked - interval_s - _PUNCTUAL_S
-        self._looked = now
-        for number, (fixed, sample) in enumerate(zip(self.sampler.queues, samples, strict=True)):
-            track = advance(self.tracks[number], sample, fixed)
-            self.tracks[number] = forgive(track, late) if late > 0 else track
+        late = 0.0 if due is None else now - due - _PUNCTUAL_S
+        before, self._at, self._looked = self._at, found.at, now
+        moved = set(found.moved)
+        self._settled -= moved
+        active = sorted((moved | self._restless | set(found.waiting)) - self._settled)
+        waiting = set(found.waiting)
+        for number in active:
+            fixed, track = self.sampler.queues[number], self._tracks[number]
+            if track.now.at < before:
+                track = advance(track, replace(track.now, at=before), fixed)
+            track = advance(track, self.sampler.latest(number), fixed)
+            self._tracks[number] = forgive(track, late) if late > 0 else track
+            if number not in waiting and may_sleep_with_calls_off(fixed, track):
+                self._restless.add(number)
+            else:
+                self._restless.discard(number)
+        return active
 
     def slow_facts(self, session: VmmSession, number: int, monitor: Monitor) -> SlowFacts:
         """Return what is looked up only for a queue that looks stalled."""
@@ -157,13 +207,20 @@ class Watch:
 
     def undecided(self, number: int, limits: Thresholds) -> bool:
         """Tell whether a queue stands still, by the rings alone, and is not called stalled yet."""
-        return is_undecided(self.sampler.queues[number], self.tracks[number], None, limits)
+        return is_undecided(self.sampler.queues[number], self.track(number), None, limits)
 
     def judged(self, limits: Thresholds) -> Iterator[tuple[int, Verdict, bool]]:
         """Yield each queue's number, its verdict by the rings alone, and whether it waits."""
         for number, (fixed, track) in enumerate(zip(self.sampler.queues, self.tracks, strict=True)):
             verdict = judge(fixed, track, None, limits)
             yield number, verdict, looks_stalled(fixed, track, limits)
+
+
+def may_sleep_with_calls_off(fixed: QueueFixed, track: Track) -> bool:
+    """Tell whether a queue at rest has its calls off, where only its vector tells if it polls."""
+    view = View(fixed, track, None, Thresholds())
+    # Where nothing was completed yet there is nothing that a call could have told.
+    return bool(track.now.used_idx) and view.calls_off_at_rest
 
 
 def _watch(watch: Watch, until: float, limits: Thresholds) -> None:
@@ -209,7 +266,7 @@ def _judge(session: VmmSession, one: _Watched, limits: Thresholds) -> Verdict:
     return judge(one.fixed, one.track, one.slow, limits, machine=session.machine.name)
 
 
-def _on_the_wall(verdict: Verdict, offset: float) -> Verdict:
+def on_the_wall(verdict: Verdict, offset: float) -> Verdict:
     """Return the verdict with its evidence's times as seconds since the epoch."""
     return replace(
         verdict,

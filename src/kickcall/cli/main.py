@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 import kickcall
-from kickcall.cli import demo, diagnose, events, journal, lab, machines, qmp, trace, vmcore
+from kickcall.cli import (
+    demo,
+    diagnose,
+    events,
+    journal,
+    lab,
+    machines,
+    qmp,
+    trace,
+    vmcore,
+    watch,
+)
 from kickcall.cli.output import plain
 from kickcall.errors import KickcallError
 
@@ -69,6 +80,7 @@ app.command()(trace.trace)
 app.command()(events.kick)
 app.command()(events.call)
 app.command()(qmp.qmp)
+app.command()(watch.watch)
 app.command()(journal.journal)
 app.add_typer(lab.app, name="lab")
 app.command()(demo.demo)

@@ -31,8 +31,8 @@ HEALED = frozenset(
 and `unknown` may name one for a probe; whether it would repair anything is not known, so they are
 an admin's to decide."""
 
-NEUTRAL = (Via.QMP, Via.EVENTFD, Via.IOPORT)
-"""Ways that do not stop the machine."""
+NEUTRAL = (Via.EVENTFD, Via.QMP, Via.IOPORT)
+"""Ways that do not stop the machine, the one first that needs no monitor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,158 @@
+"""The loop: when is which machine looked at, who does the slow work, and when does it end?
+
+One thread looks at all machines, each when it is due. Whatever may take its time (a monitor, a map,
+the journal's disk) is done by a few others, one machine by one of them at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import queue
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from kickcall.errors import KickcallError, MachineGoneError
+from kickcall.watch.finder import Finder
+from kickcall.watch.happenings import Happening, What, of_machine
+from kickcall.watch.machine import WatchedMachine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from kickcall.watch.healer import Healer
+    from kickcall.watch.machine import Settings
+
+_SCAN_S = 0.5
+_WORKERS = 8
+
+
+class Daemon:
+    """Watches machines until it is told to stop. `tell` is called in the thread of `run`."""
+
+    def __init__(
+        self,
+        wanted: Iterable[str],
+        settings: Settings,
+        healer: Healer,
+        tell: Callable[[Happening], None],
+    ) -> None:
+        self._finder = Finder(wanted)
+        self._settings = settings
+        self._healer = healer
+        self._tell = tell
+        self._inbox: queue.SimpleQueue[Happening | WatchedMachine | None] = queue.SimpleQueue()
+        self._stopping = False
+        self._machines: dict[tuple[int, int], WatchedMachine] = {}
+        self._gone: set[WatchedMachine] = set()
+        self._busy: set[WatchedMachine] = set()
+        self._due: list[tuple[float, int, WatchedMachine]] = []
+        self._order = itertools.count()
+
+    def tell(self, happening: Happening) -> None:
+        """Have something told, from any thread."""
+        self._inbox.put(happening)
+
+    def stop(self) -> None:
+        """End `run` soon: for signal handlers, too (SimpleQueue.put is reentrant)."""
+        self._stopping = True
+        self._inbox.put(None)
+
+    def run(self) -> None:
+        """Watch until `stop`."""
+        scan_at = 0.0
+        with ThreadPoolExecutor(_WORKERS, thread_name_prefix="machine") as pool:
+            try:
+                while not self._stopping:
+                    now = time.monotonic()
+                    if now >= scan_at:
+                        self._scan()
+                        scan_at = now + _SCAN_S
+                    self._look(pool)
+                    self._receive(scan_at)
+            finally:
+                self._stopping = True
+                pool.shutdown(cancel_futures=True)
+                for machine in {*self._machines.values(), *self._gone}:
+                    with contextlib.suppress(KickcallError, OSError):
+                        machine.close(gone=machine in self._gone)
+                while not self._inbox.empty():
+                    if isinstance(item := self._inbox.get(), Happening):
+                        self._tell(item)
+
+    def _scan(self) -> None:
+        found = {(one.pid, one.start_time): one for one in self._finder.scan()}
+        for key in [key for key in self._machines if key not in found]:
+            self._end(self._machines[key])
+        for key, machine in found.items():
+            if key not in self._machines:
+                watched = WatchedMachine(machine, self._settings, self._healer, self.tell)
+                self._machines[key] = watched
+                self._schedule(watched)
+
+    def _schedule(self, machine: WatchedMachine) -> None:
+        heapq.heappush(self._due, (machine.due, next(self._order), machine))
+
+    def _look(self, pool: ThreadPoolExecutor) -> None:
+        while self._due and self._due[0][0] <= time.monotonic():
+            machine = heapq.heappop(self._due)[2]
+            if machine in self._gone:
+                self._close(machine)
+                continue
+            try:
+                wants_work = machine.look()
+            except MachineGoneError:
+                self._end(machine)
+                self._close(machine)
+                continue
+            if wants_work:
+                self._busy.add(machine)
+                pool.submit(self._work, machine)
+            else:
+                self._schedule(machine)
+
+    def _work(self, machine: WatchedMachine) -> None:
+        try:
+            machine.work()
+        except MachineGoneError:
+            self._gone.add(machine)
+        except Exception as exc:  # one machine's trouble is not to be everybody's
+            self.tell(of_machine(machine.machine, What.ALERT, f"{type(exc).__name__}: {exc}"))
+            machine.due = time.monotonic() + 10.0
+        self._inbox.put(machine)
+
+    def _receive(self, until: float) -> None:
+        """Tell what happened and take back machines, until something is due."""
+        while True:
+            if self._due:
+                until = min(until, self._due[0][0])
+            try:
+                item = self._inbox.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return
+            if isinstance(item, Happening):
+                self._tell(item)
+            elif item is not None:
+                self._busy.discard(item)
+                if item in self._gone:
+                    self._end(item)
+                    self._close(item)
+                else:
+                    self._schedule(item)
+            elif self._stopping:
+                return
+
+    def _end(self, machine: WatchedMachine) -> None:
+        """Take a machine off the list; it is closed by whoever has it."""
+        key = (machine.machine.pid, machine.machine.start_time)
+        if self._machines.pop(key, None) is not None:
+            self._gone.add(machine)
+
+    def _close(self, machine: WatchedMachine) -> None:
+        self._gone.discard(machine)
+        with contextlib.suppress(KickcallError, OSError):
+            machine.close(gone=True)
+        if machine.came:
+            self.tell(of_machine(machine.machine, What.WENT, "it ended"))

@@ -1,0 +1,616 @@
+"""One machine under watch: look often and cheaply, ask the monitor only about what hesitates, heal.
+
+`look` takes microseconds and is for the watcher's loop. `work` may take as long as a monitor does,
+and is for a thread of the pool. They are never called at the same time.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kickcall.attached import attach
+from kickcall.diagnose.judge import decide, judge, wants_slow_facts
+from kickcall.diagnose.states import ThreadState, Thresholds
+from kickcall.diagnose.view import View
+from kickcall.diagnosis import Watch, on_the_wall
+from kickcall.errors import KickcallError, MachineGoneError, MapError, MonitorError, QmpCommandError
+from kickcall.host import processes
+from kickcall.model import VerdictKind
+from kickcall.vmm import virtio
+from kickcall.vmm.sampler import Sampler
+from kickcall.vmm.slow_facts import facts_unasked
+from kickcall.watch.happenings import What, of_machine, of_queue
+from kickcall.watch.lock import HealLock
+from kickcall.watch.policy import HEALED, Queue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from kickcall.attached import AttachedMachine
+    from kickcall.diagnose.states import Sample, SlowFacts
+    from kickcall.diagnose.track import Track
+    from kickcall.model import Machine, QueueMap, Verdict
+    from kickcall.vmm.monitor import Monitor
+    from kickcall.watch.happenings import Happening
+    from kickcall.watch.healer import Healer
+
+_MONITOR_S = 0.4
+"""Waited for a monitor while something waits."""
+_ATTACH_S = 1.8
+_FIRST_ASKED_AGAIN_S = 0.03
+_ASKED_AGAIN_MOST_S = 5.0
+_ASKED_AGAIN_SOON_S = 0.1
+_PATIENCE_S = 2.0
+"""For so long a queue that stands still is asked about so often."""
+_ASKED_AT_ONCE = 16
+"""Queues that one visit to the monitor asks about: 10 ms each."""
+_HELP_S = 1.0
+"""How long a queue is watched for progress after an injection."""
+_HELP_LOOK_S = 0.01
+_SURVEY_FIRST_S = 0.5
+_SURVEY_MOST_S = 15.0
+"""Between two questions to the monitor whether devices came or were set up."""
+_REMAP_FIRST_S = 0.05
+_REMAP_MOST_S = 5.0
+_PAUSED_S = 0.5
+"""Between two questions whether a machine that was paused runs again."""
+_RETRY_MOST_S = 30.0
+_DRY_RUN = "dry run"
+_SHARE = 25
+"""A machine's looks take one part in so many of a processor at most, however many queues it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How machines are watched. Seconds."""
+
+    interval_s: float = 0.1
+    """Between two looks while nothing hesitates."""
+    limits: Thresholds = field(default_factory=lambda: Thresholds(notification_s=0.15))
+    """Whoever stands still for so long is looked at more closely, and healed if the facts agree."""
+    report_s: float = 0.5
+    """A stall that is not healed is told after so long: `kickcall diagnose` waits as long."""
+
+
+@dataclass(slots=True)
+class _Stall:
+    """A stall that was told."""
+
+    verdict: Verdict
+    number: Future[int]
+    began: float
+    """Monotonic."""
+    said: str = ""
+    """Why it is not healed, as it was told last."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Injected:
+    """An injection whose effect is watched for."""
+
+    number: int
+    at: float
+    side: tuple[object, ...]
+    verdict: Verdict
+
+
+class WatchedMachine:
+    """One machine. `due` says when `look` wants to be called next, on time.monotonic()'s clock.
+
+    Both raise MachineGoneError when it ended, and no other KickcallError.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        settings: Settings,
+        healer: Healer,
+        tell: Callable[[Happening], None],
+    ) -> None:
+        self.machine = machine
+        self.due = 0.0
+        self._settings = settings
+        self._healer = healer
+        self._tell = tell
+        self._attached: AttachedMachine | None = None
+        self._sampler: Sampler | None = None
+        self._watch: Watch | None = None
+        self._lock: HealLock | None = None
+        self._came = False
+        self._trouble = ""
+        self._retry_s = 0.5
+        self._paused = False
+        self._stale = False
+        self._remap_s = _REMAP_FIRST_S
+        self._survey_s = _SURVEY_FIRST_S
+        self._survey_at = 0.0
+        self._orphans_at: float | None = None
+        self._suspects: list[int] = []
+        self._seen_at_work: set[int] = set()
+        """Queues that a look in `work` found moved, or waiting: the next `look` considers them."""
+        self._ask_at: dict[int, tuple[float, float]] = {}
+        """When the monitor is asked about a queue next, and how long that was put off."""
+        self._stalls: dict[tuple[str, int], _Stall] = {}
+        self._injected: dict[int, _Injected] = {}
+
+    @property
+    def came(self) -> bool:
+        """Whether it was told that the machine is watched."""
+        return self._came
+
+    @property
+    def queues(self) -> int:
+        """How many queues are watched."""
+        return 0 if self._sampler is None else len(self._sampler.queues)
+
+    # --- in the loop ---
+
+    def look(self) -> bool:
+        """Look at all queues and set `due`; tell whether `work` is wanted now."""
+        watch, sampler = self._watch, self._sampler
+        if watch is None or sampler is None or self._paused:
+            return True
+        started = time.thread_time()
+        try:
+            active = {*watch.look(self.due), *self._seen_at_work}
+        except MachineGoneError:
+            raise
+        except KickcallError as exc:
+            self._lost(exc)
+            return True
+        now = time.monotonic()
+        self._seen_at_work.clear()
+        wanted_at = self._consider(watch, sampler, active, now)
+        self._follow_injections(watch, now)
+        if self._orphans_at is not None and now >= self._orphans_at:
+            self._orphans_at = None
+            self._healer.close_orphans(self.machine, time.time())
+        cost = time.thread_time() - started
+        interval = max(self._settings.interval_s, cost * _SHARE)
+        if self._injected:
+            interval = _HELP_LOOK_S
+        self.due = min(now + interval, max(wanted_at, now + cost * 4))
+        if sampler.stale and not self._stale:
+            self._stale = True
+            self._survey_at, self._survey_s = now, _SURVEY_FIRST_S
+        return bool(self._suspects) or now >= self._survey_at
+
+    def _consider(self, watch: Watch, sampler: Sampler, active: set[int], now: float) -> float:
+        """Sort out what the monitor is to be asked about; return when to look again at the latest.
+
+        What hesitates is looked at some times before it counts as stalled.
+        """
+        limits = self._settings.limits
+        soon = now + limits.notification_s / 6
+        wanted_at = now + self._settings.interval_s * 1000
+        self._suspects = []
+        for number in sorted(active):
+            fixed, track = sampler.queues[number], watch.track(number)
+            if track.now.unreadable:
+                continue
+            view = View(fixed, track, None, limits)
+            rule = decide(view)
+            if wants_slow_facts(rule):
+                at, _ = self._ask_at.setdefault(number, (now, 0.0))
+                if number in self._injected:
+                    continue
+                if now >= at:
+                    self._suspects.append(number)
+                else:
+                    wanted_at = min(wanted_at, at)
+                continue
+            self._ask_at.pop(number, None)
+            self._clear(number, "it moved")
+            half = limits.notification_s / 2
+            if (view.work_waits and view.device_still_s >= half) or (
+                view.call_was_owed and view.driver_still_s >= half
+            ):
+                wanted_at = min(wanted_at, soon)
+            elif rule.verdict is VerdictKind.IDLE and not (
+                track.now.kick_count or track.now.call_count
+            ):
+                watch.settle(number)
+        return wanted_at
+
+    def _follow_injections(self, watch: Watch, now: float) -> None:
+        for number, one in list(self._injected.items()):
+            track = watch.track(number)
+            helped: bool | None = None
+            if _side(track.now, one.verdict) != one.side or number not in self._ask_at:
+                helped = True
+            elif now >= one.at + _HELP_S:
+                helped = False
+            if helped is None:
+                continue
+            del self._injected[number]
+            self._ask_at.pop(number, None)
+            self._healer.settle(self._which(number), helped)
+            self._healer.book.watched(one.number, helped)
+            more = {"after_s": round(now - one.at, 4), "injection": one.number}
+            event = one.verdict.event
+            if helped:
+                self._say(What.HELPED, one.verdict, f"the {event} helped", **more)
+                self._clear(number, f"healed by a {event}")
+            else:
+                self._say(What.REFUTED, one.verdict, f"the {event} did not help", **more)
+
+    # --- in a thread of the pool ---
+
+    def work(self) -> None:
+        """Do what takes its time: attach, map anew, ask the monitor, heal."""
+        try:
+            if self._watch is None:
+                self._attach()
+            elif self._paused:
+                self._poll_paused()
+            else:
+                self._visit()
+        except MachineGoneError:
+            raise
+        except (KickcallError, OSError) as exc:
+            self._lost(exc)
+
+    def _attach(self) -> None:
+        self._let_go()
+        if processes.start_time(self.machine.pid) != self.machine.start_time:
+            raise MachineGoneError(f"process {self.machine.pid} ended")
+        self._attached = attach(self.machine.pid, timeout=_ATTACH_S)
+        session = self._attached._session
+        self._sampler = Sampler(session)
+        self._watch = Watch(self._sampler)
+        now = time.monotonic()
+        self.due = now
+        self._paused = not session.running
+        self._survey_s, self._survey_at = _SURVEY_FIRST_S, now + _SURVEY_FIRST_S
+        self._orphans_at = now + 2 * self._settings.report_s
+        self._trouble, self._retry_s = "", 0.5
+        if not self._came:
+            self._came = True
+            text = f"watching {self.queues} queues of {len(session.devices)} devices"
+            self._tell(of_machine(self.machine, What.CAME, text, queues=self.queues))
+
+    def _lost(self, exc: Exception) -> None:
+        """Take note that the machine cannot be looked at, and when to try again."""
+        if self._attached is not None:
+            self._attached._session.process.check_alive()
+        self._tell_trouble(exc)
+        if not isinstance(exc, MonitorError) or self._attached is None:
+            self._let_go()
+        self.due = time.monotonic() + self._retry_s
+        self._survey_at = self.due
+        self._retry_s = min(self._retry_s * 2, _RETRY_MOST_S)
+
+    def _tell_trouble(self, exc: Exception) -> None:
+        if str(exc) != self._trouble:
+            self._trouble = str(exc)
+            self._tell(of_machine(self.machine, What.NOT_WATCHED, str(exc)))
+
+    def _poll_paused(self) -> None:
+        assert self._attached is not None
+        session = self._attached._session
+        with session.borrow(_MONITOR_S) as monitor:
+            running = bool(monitor.execute("query-status")["running"])
+        self.due = time.monotonic() + _PAUSED_S
+        if running:
+            # Its notifiers may be others, and time stood still for everybody.
+            self._map_anew(keep=False)
+            self._paused = not session.running
+
+    def _visit(self) -> None:
+        """Ask the monitor what is wanted, and act on it."""
+        assert self._attached is not None and self._watch is not None
+        session, watch = self._attached._session, self._watch
+        now = time.monotonic()
+        suspects = sorted(self._suspects, key=lambda n: self._ask_at.get(n, (0.0, 0.0))[0])
+        suspects = suspects[:_ASKED_AT_ONCE]
+        survey = now >= self._survey_at
+        slow: dict[int, SlowFacts] = {}
+        changed = False
+        try:
+            with session.borrow(_MONITOR_S) as monitor:
+                for number in suspects:
+                    slow[number] = watch.slow_facts(session, number, monitor)
+                if survey:
+                    changed = self._has_changed(monitor)
+        except MonitorError:
+            for number in suspects:
+                slow.setdefault(number, facts_unasked(session, watch.sampler.devices[number]))
+        if any(facts.vm_running is False for facts in slow.values()):
+            self._pause()
+            return
+        if slow:
+            # What was read is newer than the last look.
+            self._seen_at_work.update(watch.look())
+            for number, facts in slow.items():
+                self._judge(number, facts)
+        self.due = time.monotonic()
+        if survey:
+            self._survey_s = min(self._survey_s * 2, _SURVEY_MOST_S)
+            self._survey_at = time.monotonic() + self._survey_s
+            if changed or self._stale:
+                self._map_anew(keep=True)
+                self.due = time.monotonic()
+
+    def _pause(self) -> None:
+        self._paused = True
+        self.due = time.monotonic() + _PAUSED_S
+        for device, queue in list(self._stalls):
+            self._end_stall((device, queue), "the machine was paused")
+        self._forget_injections()
+
+    def _has_changed(self, monitor: Monitor) -> bool:
+        """Tell whether devices came or went, or were set up since the machine was mapped."""
+        assert self._attached is not None
+        session = self._attached._session
+        paths = set(virtio.list_devices(monitor))
+        if paths != {mapped.facts.backend_path for mapped in session.devices}:
+            return True
+        for mapped in session.devices:
+            if mapped.array is not None and mapped.device.driver_ok:
+                continue
+            path = mapped.facts.backend_path
+            try:
+                said = monitor.execute("x-query-virtio-status", {"path": path})
+            except QmpCommandError:
+                return True
+            ready = any("DRIVER_OK" in one for one in said["status"].get("statuses", ()))
+            if ready != mapped.device.driver_ok:
+                return True
+            # Set up, and refused when it was mapped: it may go better now.
+            if ready and not mapped.device.vhost_started and said["vhost-started"]:
+                return True
+        return False
+
+    def _map_anew(self, *, keep: bool) -> None:
+        """Map the machine anew, and go on with the histories of the queues that stayed."""
+        assert self._sampler is not None and self._watch is not None
+        sampler = self._sampler
+        kept: dict[tuple[str, int], tuple[QueueMap, Track]] = {}
+        if keep:
+            kept = {
+                (fixed.device, fixed.queue): (sampler.maps[n], self._watch.track(n))
+                for n, fixed in enumerate(sampler.queues)
+                if n not in sampler.stale
+            }
+        self._forget_injections()
+        self._ask_at.clear()
+        self._suspects = []
+        self._seen_at_work.clear()
+        try:
+            sampler.refresh()
+        except MonitorError as exc:
+            # The map is as it was, and its stale queues refuse every write by themselves.
+            self._tell_trouble(exc)
+            self._survey_at = time.monotonic() + self._remap_s
+            self._remap_s = min(self._remap_s * 2, _REMAP_MOST_S)
+            return
+        self._trouble = ""
+        self._watch = Watch(sampler)
+        there = set()
+        for number, fixed in enumerate(sampler.queues):
+            key = (fixed.device, fixed.queue)
+            before = kept.get(key)
+            if before is not None and before[0] == sampler.maps[number]:
+                self._watch.adopt(number, before[1])
+                there.add(key)
+        for key in [key for key in self._stalls if key not in there]:
+            self._end_stall(key, "the queue was set up anew, or went")
+        self._stale = bool(sampler.stale)
+        if self._stale:
+            self._survey_at = time.monotonic() + self._remap_s
+            self._remap_s = min(self._remap_s * 2, _REMAP_MOST_S)
+        else:
+            self._remap_s = _REMAP_FIRST_S
+            self._survey_s = _SURVEY_FIRST_S
+            self._survey_at = time.monotonic() + _SURVEY_FIRST_S
+
+    # --- judging and healing, in a thread of the pool ---
+
+    def _judge(self, number: int, slow: SlowFacts) -> None:
+        assert self._watch is not None
+        watch = self._watch
+        fixed, track = watch.sampler.queues[number], watch.track(number)
+        limits = self._settings.limits
+        view = View(fixed, track, slow, limits)
+        verdict = judge(fixed, track, slow, limits, machine=self.machine.name)
+        now = time.monotonic()
+        _, before = self._ask_at.get(number, (0.0, 0.0))
+        put_off = min(max(before * 2, _FIRST_ASKED_AGAIN_S), _ASKED_AGAIN_MOST_S)
+        if max(view.device_still_s, view.driver_still_s) < _PATIENCE_S and view.hesitates:
+            # A thread that runs now may sleep in a moment, and then it is clear.
+            put_off = min(put_off, _ASKED_AGAIN_SOON_S)
+        if not verdict.verdict.stalled:
+            self._ask_at[number] = (now + put_off, put_off)
+            settled = not decide(view).time_will_tell and verdict.verdict in (
+                VerdictKind.UNKNOWN,
+                VerdictKind.IDLE,
+            )
+            if settled and (not view.work_waits or before >= 1.0):
+                watch.settle(number)
+                del self._ask_at[number]
+                self._clear(number, "it is no stall, on a closer look")
+            return
+        key = (fixed.device, fixed.queue)
+        stall = self._stalls.get(key)
+        if stall is not None and stall.verdict.verdict is not verdict.verdict:
+            stall.verdict = verdict
+            self._healer.book.became(stall.number, self._walled(verdict))
+        retry = self._heal(number, verdict, slow)
+        if retry is not None and number in self._ask_at and number in self._injected:
+            return
+        if key not in self._stalls and verdict.since_s >= self._settings.report_s:
+            self._report(verdict)
+        if retry is not None:
+            put_off = max(min(put_off, retry - now), _FIRST_ASKED_AGAIN_S)
+        self._ask_at[number] = (now + put_off, put_off)
+
+    def _report(self, verdict: Verdict) -> _Stall:
+        """Tell a stall, and put it down; return it."""
+        key = (verdict.device, verdict.queue)
+        stall = self._stalls.get(key)
+        if stall is None or (stall.number.done() and stall.number.exception() is not None):
+            began = time.monotonic() - verdict.since_s
+            number = self._healer.stalled(
+                self.machine, self._walled(verdict), time.time() - verdict.since_s
+            )
+            if stall is None:
+                where = f" on hop {verdict.hop}" if verdict.hop else ""
+                why = verdict.evidence[0].value
+                text = f"{verdict.verdict}{where} for {verdict.since_s:.2f} s: {why}"
+                self._say(What.STALL, verdict, text, since_s=round(verdict.since_s, 4))
+            stall = _Stall(verdict, number, began)
+            self._stalls[key] = stall
+        return stall
+
+    def _heal(self, number: int, verdict: Verdict, slow: SlowFacts) -> float | None:
+        """Inject what the verdict names if that may be; else return when to ask again."""
+        healer = self._healer
+        if not healer.enabled or verdict.verdict not in HEALED or verdict.event is None:
+            return None
+        if slow.vm_running is None:
+            self._not_healed(verdict, "the monitor does not say whether the machine runs")
+            return None
+        which = self._which(number)
+        if not healer.dry_run and not self._may_heal():
+            self._not_healed(verdict, "another kickcall watch heals this machine")
+            return None
+        # Threads that run or want to: the guest may be about to kick, or to reap, by itself.
+        busy = not slow.vcpu_threads or any(
+            thread.state is ThreadState.RUNNING for thread in slow.vcpu_threads
+        )
+        decision = healer.decide(which, verdict, busy=busy)
+        if not decision.heal:
+            if decision.alert:
+                self._not_healed(verdict, decision.because, alert=True)
+            return decision.retry_at
+        stall = self._report(verdict)
+        if healer.dry_run:
+            if stall.said != _DRY_RUN:
+                stall.said = _DRY_RUN
+                self._say(What.WOULD_INJECT, verdict, f"would {verdict.event} it (dry run)")
+            return None
+        self._inject(number, which, verdict, stall)
+        return 0.0
+
+    def _inject(self, number: int, which: Queue, verdict: Verdict, stall: _Stall) -> None:
+        assert self._attached is not None and self._watch is not None
+        watch, session = self._watch, self._attached._session
+        side = _side(watch.track(number).now, verdict)
+
+        def unmoved() -> bool:
+            self._seen_at_work.update(watch.look())
+            return _side(watch.track(number).now, verdict) == side
+
+        try:
+            intent, result = self._healer.raise_event(
+                session, watch.sampler.devices[number], verdict, stall.number, unmoved
+            )
+        except MachineGoneError:
+            self._healer.settle(which, None)
+            raise
+        except KickcallError as exc:
+            self._healer.settle(which, None)
+            if isinstance(exc, MapError):
+                self._stale, self._survey_at = True, 0.0
+            self._not_healed(verdict, str(exc))
+            return
+        now = time.monotonic()
+        self._injected[number] = _Injected(intent, now, side, verdict)
+        self._ask_at[number] = (now, 0.0)
+        self.due = now
+        text = f"{verdict.event} injected via {result.via}: {result.target}"
+        self._say(What.INJECTED, verdict, text, via=str(result.via), injection=intent)
+
+    def _may_heal(self) -> bool:
+        if self._lock is None:
+            self._lock = HealLock.take(self.machine.pid, self.machine.start_time)
+        return self._lock is not None
+
+    def _not_healed(self, verdict: Verdict, because: str, *, alert: bool = False) -> None:
+        """Tell why, unless that was told already."""
+        if verdict.since_s < self._settings.report_s:
+            return
+        stall = self._report(verdict)
+        if stall.said != because:
+            stall.said = because
+            self._say(What.ALERT if alert else What.NOT_HEALED, verdict, because)
+
+    # --- both ---
+
+    def _which(self, number: int) -> Queue:
+        assert self._sampler is not None
+        fixed = self._sampler.queues[number]
+        machine = self.machine
+        return Queue(machine.pid, machine.start_time, fixed.device, fixed.queue)
+
+    def _walled(self, verdict: Verdict) -> Verdict:
+        return on_the_wall(verdict, time.time() - time.monotonic())
+
+    def _say(self, what: What, verdict: Verdict, text: str, **more: object) -> None:
+        more = {"verdict": str(verdict.verdict), "hop": verdict.hop, **more}
+        if verdict.event is not None:
+            more["event"] = str(verdict.event)
+        self._tell(of_queue(self.machine, what, verdict.device, verdict.queue, text, **more))
+
+    def _clear(self, number: int, how: str) -> None:
+        assert self._sampler is not None
+        fixed = self._sampler.queues[number]
+        if number not in self._injected:
+            self._end_stall((fixed.device, fixed.queue), how)
+
+    def _end_stall(self, key: tuple[str, int], how: str) -> None:
+        stall = self._stalls.pop(key, None)
+        if stall is None:
+            return
+        lasted = time.monotonic() - stall.began
+        self._healer.book.ended(stall.number, how, time.time())
+        self._say(
+            What.CLEARED, stall.verdict, f"{how} after {lasted:.2f} s", lasted_s=round(lasted, 4)
+        )
+
+    def _forget_injections(self) -> None:
+        for number, one in self._injected.items():
+            self._healer.settle(self._which(number), None)
+            self._healer.book.watched(one.number, None)
+        self._injected.clear()
+
+    def _let_go(self) -> None:
+        if self._sampler is not None:
+            self._forget_injections()
+            self._sampler.close()
+        if self._attached is not None:
+            self._attached.close()
+        self._sampler = self._watch = self._attached = None
+        self._ask_at.clear()
+        self._suspects = []
+        self._seen_at_work.clear()
+        self._stale = self._paused = False
+
+    def close(self, *, gone: bool) -> None:
+        """Let go of the machine. `gone`: it ended."""
+        for key in list(self._stalls):
+            if gone:
+                self._end_stall(key, "the machine ended")
+        self._let_go()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        if gone:
+            self._healer.forget(self.machine)
+
+
+def _side(sample: Sample, verdict: Verdict) -> tuple[object, ...]:
+    """Return what moves when the verdict's event helps: the device's side, or also the driver's."""
+    device = (
+        sample.used_idx,
+        sample.last_avail_idx,
+        sample.avail_event,
+        sample.used_flags,
+        sample.unreadable,
+    )
+    if verdict.hop < 7:
+        return device
+    return (*device, sample.avail_idx, sample.avail_flags, sample.used_event)

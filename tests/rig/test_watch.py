@@ -1,0 +1,453 @@
+"""Does `kickcall watch` find and heal what is lost, write to nothing else, and survive everything?
+
+Most of it on QEMU without a guest: there a request that is published without a kick is a lost kick.
+KICKCALL_SOAK_S sets how long a loaded guest loses notifications (10 s by default, 600 for the full
+claim), KICKCALL_KILLS how often a watcher is killed (3; 100).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kickcall.lab.qtest import Qtest, boot_without_guest
+from kickcall.lab.qtest_virtio import SplitQueue
+from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
+from kickcall.watch.journal import Journal
+from kickcall.watch.policy import Rules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kickcall.lab.machine import LabMachine
+    from kickcall.lab.qtest_virtio import VirtioPciDriver
+
+pytestmark = pytest.mark.rig
+
+KICKCALL = Path(sys.executable).with_name("kickcall")
+SOAK_S = float(os.environ.get("KICKCALL_SOAK_S", "10"))
+KILLS = int(os.environ.get("KICKCALL_KILLS", "3"))
+PATIENCE_S = 60.0
+"""For what takes milliseconds on a host that is not busy with other tests."""
+
+
+class Watcher:
+    """A `kickcall watch --json`, and what it said."""
+
+    def __init__(self, *arguments: str, command: list[str] | None = None, **how: Any) -> None:
+        self.process = subprocess.Popen(
+            [*(command or [str(KICKCALL), "watch"]), "--json", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **how,
+        )
+        self.said: list[dict[str, Any]] = []
+        self.errors: list[str] = []
+        self._arrived = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._arrived:
+                if line.startswith("{"):
+                    self.said.append(json.loads(line))
+                else:
+                    self.errors.append(line)
+                self._arrived.notify_all()
+
+    def wait_for(self, what: str, count: int = 1, **fields: object) -> dict[str, Any]:
+        """Return the happening that is the `count`th of its kind."""
+
+        def found() -> list[dict[str, Any]]:
+            return [
+                one for one in self.said if one["what"] == what and fields.items() <= one.items()
+            ]
+
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(found()) >= count, PATIENCE_S), (
+                what,
+                self.said,
+                self.errors,
+            )
+            return found()[count - 1]
+
+    def count(self, what: str) -> int:
+        with self._arrived:
+            return sum(one["what"] == what for one in self.said)
+
+    def end(self) -> int:
+        self.process.terminate()
+        status = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        return status
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(PATIENCE_S)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Iterator[Callable[..., Watcher]]:
+    """Start watchers with one journal of the test's own; they are ended with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str, **how: Any) -> Watcher:
+            watcher = Watcher("--journal", str(tmp_path / "journal.db"), *arguments, **how)
+            stack.callback(watcher.close)
+            return watcher
+
+        yield start
+
+
+@contextlib.contextmanager
+def disks(name: str, queues: int = 4) -> Iterator[tuple[LabMachine, VirtioPciDriver]]:
+    """A machine without a guest, whose disk's queues are set up; here the test is the driver."""
+    spec = MachineSpec(name=name, devices=(VirtioBlk(id="blk0", queues=queues, iothread=True),))
+    with boot_without_guest(spec) as machine, Qtest(machine) as qtest:
+        disk = qtest.device("blk0")
+        disk.set_up(event_idx=True)
+        yield machine, disk
+
+
+def name_of(request: pytest.FixtureRequest) -> str:
+    return f"watch-{os.getpid()}-{abs(hash(request.node.name)) % 10000}"
+
+
+def journal_of(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "journal.db", reading=True)
+
+
+def lose_a_kick(disk: VirtioPciDriver, queue: int) -> None:
+    """Publish a request, and do not kick."""
+    disk.queues[queue].publish_request()
+
+
+def completed(disk: VirtioPciDriver, queue: int) -> int:
+    return disk.queues[queue].completed()
+
+
+def take(disk: VirtioPciDriver, queue: int, requests: int) -> None:
+    """Take all completed requests up to that number, and ask for a call at the next."""
+    ring = disk.queues[queue]
+    assert isinstance(ring, SplitQueue)
+    ring.set_used_event(requests)
+
+
+def reap(disk: VirtioPciDriver, queue: int, requests: int) -> None:
+    """Wait until that many requests are completed, and take them."""
+    deadline = time.monotonic() + PATIENCE_S
+    while completed(disk, queue) < requests:
+        assert time.monotonic() < deadline, f"{requests} requests of queue {queue}"
+        time.sleep(0.002)
+    take(disk, queue, requests)
+
+
+def test_every_lost_kick_is_healed_and_no_healthy_queue_is_written_to(
+    request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    name, losses = name_of(request), 8
+    with disks(name) as (_, disk):
+        watcher = watch(name, "--heal")
+        watcher.wait_for("came")
+        took = []
+        for number in range(1, losses + 1):
+            # Queue 0 is healthy: each of its requests is kicked, and completes by itself.
+            disk.queues[0].publish_request()
+            disk.queues[0].kick()
+            reap(disk, 0, number)
+            lose_a_kick(disk, 2)
+            lost = time.monotonic()
+            reap(disk, 2, number)
+            took.append(time.monotonic() - lost)
+            time.sleep(random.uniform(0.05, 0.3))
+        watcher.wait_for("helped", losses)
+        assert watcher.end() == 0
+    print(f"lost to completed: median {statistics.median(took) * 1000:.0f} ms")
+    rows = journal_of(tmp_path).injections()
+    assert [(row.queue, row.event, row.outcome, row.helped) for row in rows] == [
+        (2, "kick", "ok", True)
+    ] * losses
+    stalls = journal_of(tmp_path).stalls()
+    assert [(one.queue, one.verdict) for one in stalls] == [(2, "lost-kick")] * losses
+    assert all(one.ending == "healed by a kick" for one in stalls)
+    assert {row.stall for row in rows} == {one.id for one in stalls}
+
+
+def test_without_heal_and_in_a_dry_run_nothing_is_written(
+    request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    name = name_of(request)
+    with disks(name) as (_, disk):
+        dry, plain = watch(name, "--heal", "--dry-run"), watch(name)
+        dry.wait_for("came")
+        plain.wait_for("came")
+        lose_a_kick(disk, 1)
+        assert dry.wait_for("would-inject")["event"] == "kick"
+        assert plain.wait_for("stall")["verdict"] == "lost-kick"
+        time.sleep(0.5)
+        assert completed(disk, 1) == 0
+        disk.queues[1].kick()
+        reap(disk, 1, 1)
+        dry.wait_for("cleared")
+        plain.wait_for("cleared")
+        assert dry.count("would-inject") == 1
+    assert journal_of(tmp_path).injections() == []
+
+
+def test_healing_that_does_not_help_stops_and_says_so(
+    request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    name = name_of(request)
+    with disks(name) as (_, disk):
+        watcher = watch(name, "--heal")
+        watcher.wait_for("came")
+        # The work is done and nobody reaps it, call or no call.
+        disk.queues[1].publish_request()
+        disk.queues[1].kick()
+        watcher.wait_for("refuted", Rules().queue.refuted)
+        alert = watcher.wait_for("alert")
+        assert "3 injections in a row did not help" in alert["text"]
+        time.sleep(1.0)
+    rows = journal_of(tmp_path).injections()
+    assert [(row.event, row.helped) for row in rows] == [("call", False)] * 3
+    first, second, third = (row.at for row in rows)
+    assert second - first >= Rules().back_off_s
+    assert third - second >= 2 * Rules().back_off_s
+
+
+def test_two_watchers_do_not_heal_one_machine(
+    request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    name = name_of(request)
+    with disks(name) as (_, disk):
+        watchers = [watch(name, "--heal") for _ in range(2)]
+        for watcher in watchers:
+            watcher.wait_for("came")
+        for number in range(1, 4):
+            lose_a_kick(disk, 1)
+            reap(disk, 1, number)
+        healers = {row.by_pid for row in journal_of(tmp_path).injections()}
+        assert len(healers) == 1
+        # When the one that heals dies, the other takes over.
+        (healer,) = healers
+        os.kill(healer, signal.SIGKILL)
+        lose_a_kick(disk, 1)
+        reap(disk, 1, 4)
+        rows = journal_of(tmp_path).injections()
+        assert len(rows) == 4
+        assert rows[-1].by_pid in {one.process.pid for one in watchers} - healers
+
+
+def test_a_machine_that_is_paused_is_left_alone(
+    request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    name = name_of(request)
+    with disks(name) as (machine, disk):
+        watcher = watch(name, "--heal")
+        watcher.wait_for("came")
+        machine.qmp("stop")
+        lose_a_kick(disk, 1)
+        time.sleep(1.5)
+        assert journal_of(tmp_path).injections() == []
+        machine.qmp("cont")
+        # QEMU itself looks at the queue when it goes on, or the watcher heals it.
+        reap(disk, 1, 1)
+        lose_a_kick(disk, 1)
+        reap(disk, 1, 2)
+        watcher.wait_for("helped")
+
+
+def test_a_device_that_is_reset_under_it_is_watched_again(
+    request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    name = name_of(request)
+    with disks(name) as (_, disk):
+        watcher = watch(name, "--heal")
+        watcher.wait_for("came")
+        for number in range(1, 4):
+            lose_a_kick(disk, 1)
+            reap(disk, 1, 1)
+            watcher.wait_for("helped", number)
+            disk.reset()
+            time.sleep(random.uniform(0.0, 1.0))
+            disk.set_up(event_idx=True)
+        assert watcher.count("alert") == 0
+    assert {row.queue for row in journal_of(tmp_path).injections()} == {1}
+
+
+def test_machines_come_and_go_and_nothing_leaks(
+    request: pytest.FixtureRequest, watch: Callable[..., Watcher]
+) -> None:
+    names = [f"{name_of(request)}-{number}" for number in range(2)]
+    watcher = watch(*names, "--heal")
+    fds = Path(f"/proc/{watcher.process.pid}/fd")
+    before = 0
+    for round_number in range(1, 4):
+        with contextlib.ExitStack() as stack:
+            running = [stack.enter_context(disks(name)) for name in names]
+            watcher.wait_for("came", 2 * round_number)
+            for _, disk in running:
+                lose_a_kick(disk, 1)
+                reap(disk, 1, 1)
+        watcher.wait_for("went", 2 * round_number)
+        deadline = time.monotonic() + PATIENCE_S
+        # The first round opens what stays open: the journal.
+        before = before or len(list(fds.iterdir()))
+        while len(list(fds.iterdir())) > before:
+            assert time.monotonic() < deadline, [os.readlink(fd) for fd in fds.iterdir()]
+            time.sleep(0.05)
+    assert watcher.count("alert") == 0
+    assert watcher.end() == 0
+
+
+def test_without_a_journal_nothing_is_healed(
+    request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    name = name_of(request)
+    with disks(name) as (_, disk):
+        watcher = watch(name, "--heal")
+        watcher.wait_for("came")
+        with sqlite3.connect(tmp_path / "journal.db", isolation_level=None) as other:
+            # Whoever writes waits for us, as for a disk that does not answer.
+            other.execute("BEGIN IMMEDIATE")
+            lose_a_kick(disk, 1)
+            assert "nothing is healed" in watcher.wait_for("alert")["text"]
+            time.sleep(1.0)
+            assert completed(disk, 1) == 0
+            other.execute("ROLLBACK")
+        other.close()
+        reap(disk, 1, 1)
+        watcher.wait_for("helped")
+    rows = [row for row in journal_of(tmp_path).injections() if row.outcome != "refused"]
+    assert [(row.outcome, row.helped) for row in rows] == [("ok", True)]
+
+
+# Says in a file of its own each write to a notifier, right before and right after it.
+TATTLING = """
+import os, sys
+from kickcall.host import eventfds
+from kickcall.cli.main import run
+said = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND)
+signal = eventfds.signal
+def tell(fd):
+    os.write(said, b"about to\\n")
+    signal(fd)
+    os.write(said, b"wrote\\n")
+eventfds.signal = tell
+run()
+"""
+
+
+def test_a_watcher_that_is_killed_loses_nothing_and_repeats_nothing(
+    request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    name, said = name_of(request), tmp_path / "said"
+    said.touch()
+    with disks(name) as (_, disk):
+        number = 0
+        for _ in range(KILLS):
+            tattling = [sys.executable, "-c", TATTLING, str(said), "watch"]
+            watcher = watch(name, "--heal", command=tattling)
+            watcher.wait_for("came")
+            # What one watcher leaves lost is there for the next.
+            if completed(disk, 1) == number:
+                number += 1
+                lose_a_kick(disk, 1)
+            until = time.monotonic() + random.uniform(0.1, 0.4)
+            while time.monotonic() < until:
+                take(disk, 1, completed(disk, 1))
+            watcher.process.kill()
+            watcher.process.wait()
+        last = watch(name, "--heal")
+        last.wait_for("came")
+        reap(disk, 1, number)
+        lose_a_kick(disk, 1)
+        reap(disk, 1, number + 1)
+        deadline = time.monotonic() + PATIENCE_S
+        while any(stall.ended is None for stall in journal_of(tmp_path).stalls()):
+            assert time.monotonic() < deadline, "a stall that is over is said to last"
+            time.sleep(0.1)
+        assert last.end() == 0
+    with sqlite3.connect(tmp_path / "journal.db") as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    rows = [row for row in journal_of(tmp_path).injections() if row.outcome != "refused"]
+    tattled = said.read_text().split("\n")
+    # The last watcher does not tattle: it injects once or twice. An intent may have been put down
+    # and not carried out.
+    assert tattled.count("about to") <= len(rows) - 1 <= tattled.count("about to") + KILLS + 1
+    # What one stall got more than one injection for was not known to be healed, and waited.
+    by_request: dict[int | None, list[float]] = {}
+    for row in rows:
+        by_request.setdefault(row.used_before, []).append(row.at)
+    for times in by_request.values():
+        for first, second in itertools.pairwise(times):
+            assert second - first >= Rules().back_off_s
+
+
+LOAD = """
+while :; do
+  dd if={disk} of=/dev/null bs=4k count=$((RANDOM % 32 + 1)) skip=$((RANDOM % 2000)) iflag=direct \
+    2>/dev/null || echo FAILED
+done
+"""
+
+
+def test_a_loaded_guest_loses_kicks_and_calls_and_never_notices(
+    boot_machine: Callable[[MachineSpec], LabMachine],
+    tmp_path: Path,
+    watch: Callable[..., Watcher],
+) -> None:
+    devices = (
+        VhostUserBlk(id="vub0", queues=2, relay=True, disk="file"),
+        VirtioBlk(id="blk0", queues=2, disk="file"),
+    )
+    machine = boot_machine(MachineSpec(devices=devices))
+    watcher = watch(machine.name, "--heal")
+    watcher.wait_for("came")
+    relay = machine.relay("vub0")
+    loads = [machine.guest.start(LOAD.format(disk=machine.disk(disk))) for disk in ("vub0", "blk0")]
+    until = time.monotonic() + SOAK_S
+    losses: dict[str, int] = {"kick": 0, "call": 0}
+    while time.monotonic() < until:
+        event = random.choice(["kick", "call"])
+        losses[event] += 1
+        relay.drop(event, queue=None)
+        time.sleep(random.uniform(0.3, 1.5))
+    relay.clear()
+    time.sleep(1.0)
+    dropped = sum(row.dropped for row in relay.report())
+    assert dropped > 0
+    for load in loads:
+        assert not load.done
+        load.kill()
+    assert machine.guest.run("dmesg | grep -ci 'i/o error\\|blocked for'").output.strip() == "0"
+    assert watcher.end() == 0
+    rows = journal_of(tmp_path).injections()
+    assert {row.device for row in rows} <= {"/machine/peripheral/vub0"}
+    helped = [row for row in rows if row.helped]
+    stalls = journal_of(tmp_path).stalls()
+    assert all(one.ended is not None for one in stalls)
+    lasted = [one.ended - one.began for one in stalls if one.ended is not None]
+    print(f"{dropped} lost, {len(helped)} of {len(rows)} injections helped")
+    if lasted:
+        print(f"stalls lasted: median {statistics.median(lasted) * 1000:.0f} ms")
