@@ -22,7 +22,7 @@ from kickcall.diagnose.states import (
     ThreadState,
     Thresholds,
 )
-from kickcall.diagnose.track import Track, advance, start
+from kickcall.diagnose.track import Track, advance, span, start
 from kickcall.diagnose.view import View
 from kickcall.model import BackendKind, DeviceEvent, Layout, VerdictKind
 from kickcall.virtio import packed
@@ -501,8 +501,13 @@ class Run:
         case = self.case
         if now.used_event == now.used_idx:
             return True  # just where it would be at rest: too late, or Linux's 0 for silence
-        if case.fault == "stops_after" and case.triggered_flag and case.layout is Layout.PACKED:
-            return True  # stopped in its handler, with its last wish more than a lap old
+        if case.fault == "stops_after" and case.triggered_flag:
+            # Stopped in its handler, with its last wish more than a lap old.
+            assert now.used_event is not None
+            assert now.used_idx is not None
+            behind = span(self.fixed, now.used_event, now.used_idx)
+            if case.layout is Layout.PACKED or behind > self.fixed.size:
+                return True
         off = now.used_event == 0 if case.layout is Layout.SPLIT else now.avail_flags == 1
         # Only a vector tells that it would rather be called, and an inbox may be polled.
         return off and (not case.facts or case.role is QueueRole.INBOX)

@@ -69,7 +69,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.RING_CORRUPT,
         1,
-        lambda view: view.published_impossible and view.driver_should_have_looked,
+        lambda view: view.published_impossible and view.nothing_moves,
         "More entries are published than the queue can hold, or the driver's event area is in a "
         "mode that does not exist.",
         "2.7.13.3.1, 2.8.10",
@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.RING_CORRUPT,
         6,
-        lambda view: view.completed_impossible and view.driver_should_have_looked,
+        lambda view: view.completed_impossible and view.nothing_moves,
         "More entries are completed than were published, or the device's event area is in a mode "
         "that does not exist.",
         "2.7.8, 2.8.10",

@@ -86,6 +86,16 @@ class View:
         )
 
     @property
+    def nothing_moves(self) -> bool:
+        """The ring has been found as it is for longer than a notification takes.
+
+        Its fields are read one after the other: of a ring that moves they may not fit each other.
+        """
+        track = self.track
+        still_s = track.now.at - track.moved_at
+        return still_s >= self.limits.notification_s and track.driver_looks >= _LOOKS
+
+    @property
     def driver_had_every_chance(self) -> bool:
         """The driver would have looked by now even if it is busy.
 
@@ -371,13 +381,23 @@ class View:
 
     @property
     def call_asked_too_late(self) -> bool:
-        """The driver wants its call at an index that nothing published can reach."""
+        """The driver wants its call at an index that nothing published can reach.
+
+        Only one that lies ahead: Linux leaves `used_event` behind, as far as it pleases, while it
+        polls (drivers/virtio/virtio_ring.c, virtqueue_disable_cb_split, `event_triggered`).
+        """
         now = self.track.now
         if not self.fixed.calls_when_idle or not self.reaping_visible or self.calls_off:
             return False
         if now.used_event is None or now.used_idx is None or not self.positions_known:
             return False
-        return span(self.fixed, now.used_idx, now.used_event) > self.waiting and not self.unreaped
+        ahead = span(self.fixed, now.used_idx, now.used_event)
+        return self.waiting < ahead <= self._half_a_lap and not self.unreaped
+
+    @property
+    def _half_a_lap(self) -> int:
+        """Indices that are further ahead than this are rather behind."""
+        return 1 << 15 if self.fixed.layout is Layout.SPLIT else self.fixed.size
 
     @property
     def calls_off_at_rest(self) -> bool:
