@@ -342,6 +342,30 @@ def test_without_a_journal_nothing_is_healed(
     assert [(row.outcome, row.helped) for row in rows] == [("ok", True)]
 
 
+def test_a_kick_by_hand_is_journaled_and_made_even_where_it_cannot_be(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    name = name_of(request)
+    kick = [str(KICKCALL), "kick", name, "blk0", "--queue", "1"]
+    with disks(name) as (_, disk):
+        for number, journal in enumerate([tmp_path / "journal.db", Path("/proc/no/journal.db")], 1):
+            lose_a_kick(disk, 1)
+            done = subprocess.run(
+                kick,
+                env={**os.environ, "KICKCALL_JOURNAL": str(journal)},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            reap(disk, 1, number)
+            assert done.stderr.count("\n") == number - 1, done.stderr
+    assert "not journaled" in done.stderr
+    (row,) = journal_of(tmp_path).injections()
+    assert (row.machine, row.queue, row.event, row.outcome) == (name, 1, "kick", "ok")
+    assert (row.by_command, row.by_uid, row.stall) == ("kickcall kick", os.geteuid(), None)
+    assert row.used_after == (row.used_before or 0) + 1
+
+
 # Says in a file of its own each write to a notifier, right before and right after it.
 TATTLING = """
 import os, sys
@@ -427,16 +451,18 @@ def test_a_loaded_guest_loses_kicks_and_calls_and_never_notices(
     relay = machine.relay("vub0")
     loads = [machine.guest.start(LOAD.format(disk=machine.disk(disk))) for disk in ("vub0", "blk0")]
     until = time.monotonic() + SOAK_S
-    losses: dict[str, int] = {"kick": 0, "call": 0}
     while time.monotonic() < until:
-        event = random.choice(["kick", "call"])
-        losses[event] += 1
-        relay.drop(event, queue=None)
-        time.sleep(random.uniform(0.3, 1.5))
+        # One at a time: the relay loses an injected kick as readily as the guest's.
+        if not any(row.pending for row in relay.report()):
+            relay.drop(random.choice(["kick", "call"]), queue=None)
+        time.sleep(random.uniform(0.3, 1.0))
     relay.clear()
-    time.sleep(1.0)
     dropped = sum(row.dropped for row in relay.report())
     assert dropped > 0
+    deadline = time.monotonic() + PATIENCE_S
+    while any(stall.ended is None for stall in journal_of(tmp_path).stalls()):
+        assert time.monotonic() < deadline, "a stall was not healed"
+        time.sleep(0.2)
     for load in loads:
         assert not load.done
         load.kill()
@@ -444,10 +470,8 @@ def test_a_loaded_guest_loses_kicks_and_calls_and_never_notices(
     assert watcher.end() == 0
     rows = journal_of(tmp_path).injections()
     assert {row.device for row in rows} <= {"/machine/peripheral/vub0"}
-    helped = [row for row in rows if row.helped]
     stalls = journal_of(tmp_path).stalls()
-    assert all(one.ended is not None for one in stalls)
-    lasted = [one.ended - one.began for one in stalls if one.ended is not None]
-    print(f"{dropped} lost, {len(helped)} of {len(rows)} injections helped")
-    if lasted:
-        print(f"stalls lasted: median {statistics.median(lasted) * 1000:.0f} ms")
+    lasted = [stall.ended - stall.began for stall in stalls if stall.ended is not None]
+    took = statistics.median(lasted) * 1000 if lasted else 0.0
+    helped = sum(bool(row.helped) for row in rows)
+    print(f"{dropped} lost, {helped} of {len(rows)} injections helped, median {took:.0f} ms")

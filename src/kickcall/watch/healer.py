@@ -24,6 +24,7 @@ from kickcall.watch.policy import (
     forget,
     inject,
     settle,
+    withdraw,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ class Healer:
         """Take note of whether an injection helped."""
         with self._lock:
             self._state = settle(self._state, self.rules, which, helped, time.monotonic())
+
+    def withdraw(self, which: Queue) -> None:
+        """Take note that an injection was not written."""
+        with self._lock:
+            self._state = withdraw(self._state, which)
 
     def forget(self, machine: Machine) -> None:
         """Take note that a machine ended."""

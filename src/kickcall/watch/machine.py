@@ -14,26 +14,25 @@ from kickcall.attached import attach
 from kickcall.diagnose.judge import decide, judge, wants_slow_facts
 from kickcall.diagnose.states import ThreadState, Thresholds
 from kickcall.diagnose.view import View
-from kickcall.diagnosis import Watch, on_the_wall
-from kickcall.errors import KickcallError, MachineGoneError, MapError, MonitorError, QmpCommandError
+from kickcall.diagnosis import Watch
+from kickcall.errors import KickcallError, MachineGoneError, MapError, MonitorError
 from kickcall.host import processes
 from kickcall.model import VerdictKind
-from kickcall.vmm import virtio
 from kickcall.vmm.sampler import Sampler
 from kickcall.vmm.slow_facts import facts_unasked
-from kickcall.watch.happenings import What, of_machine, of_queue
+from kickcall.watch.happenings import What, of_machine
 from kickcall.watch.lock import HealLock
 from kickcall.watch.policy import HEALED, Queue
+from kickcall.watch.stalls import Stalls
+from kickcall.watch.survey import has_changed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from kickcall.attached import AttachedMachine
     from kickcall.diagnose.states import Sample, SlowFacts
     from kickcall.diagnose.track import Track
     from kickcall.model import Machine, QueueMap, Verdict
-    from kickcall.vmm.monitor import Monitor
     from kickcall.watch.happenings import Happening
     from kickcall.watch.healer import Healer
 
@@ -58,7 +57,6 @@ _REMAP_MOST_S = 5.0
 _PAUSED_S = 0.5
 """Between two questions whether a machine that was paused runs again."""
 _RETRY_MOST_S = 30.0
-_DRY_RUN = "dry run"
 _SHARE = 25
 """A machine's looks take one part in so many of a processor at most, however many queues it has."""
 
@@ -73,18 +71,6 @@ class Settings:
     """Whoever stands still for so long is looked at more closely, and healed if the facts agree."""
     report_s: float = 0.5
     """A stall that is not healed is told after so long: `kickcall diagnose` waits as long."""
-
-
-@dataclass(slots=True)
-class _Stall:
-    """A stall that was told."""
-
-    verdict: Verdict
-    number: Future[int]
-    began: float
-    """Monotonic."""
-    said: str = ""
-    """Why it is not healed, as it was told last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +119,7 @@ class WatchedMachine:
         """Queues that a look in `work` found moved, or waiting: the next `look` considers them."""
         self._ask_at: dict[int, tuple[float, float]] = {}
         """When the monitor is asked about a queue next, and how long that was put off."""
-        self._stalls: dict[tuple[str, int], _Stall] = {}
+        self._stalls = Stalls(machine, healer, tell, settings.report_s)
         self._injected: dict[int, _Injected] = {}
 
     @property
@@ -232,10 +218,10 @@ class WatchedMachine:
             more = {"after_s": round(now - one.at, 4), "injection": one.number}
             event = one.verdict.event
             if helped:
-                self._say(What.HELPED, one.verdict, f"the {event} helped", **more)
+                self._stalls.say(What.HELPED, one.verdict, f"the {event} helped", **more)
                 self._clear(number, f"healed by a {event}")
             else:
-                self._say(What.REFUTED, one.verdict, f"the {event} did not help", **more)
+                self._stalls.say(What.REFUTED, one.verdict, f"the {event} did not help", **more)
 
     # --- in a thread of the pool ---
 
@@ -279,6 +265,7 @@ class WatchedMachine:
         self._tell_trouble(exc)
         if not isinstance(exc, MonitorError) or self._attached is None:
             self._let_go()
+            self._stalls.end_all("it was lost from sight")
         self.due = time.monotonic() + self._retry_s
         self._survey_at = self.due
         self._retry_s = min(self._retry_s * 2, _RETRY_MOST_S)
@@ -314,7 +301,7 @@ class WatchedMachine:
                 for number in suspects:
                     slow[number] = watch.slow_facts(session, number, monitor)
                 if survey:
-                    changed = self._has_changed(monitor)
+                    changed = has_changed(session, monitor)
         except MonitorError:
             for number in suspects:
                 slow.setdefault(number, facts_unasked(session, watch.sampler.devices[number]))
@@ -337,32 +324,8 @@ class WatchedMachine:
     def _pause(self) -> None:
         self._paused = True
         self.due = time.monotonic() + _PAUSED_S
-        for device, queue in list(self._stalls):
-            self._end_stall((device, queue), "the machine was paused")
+        self._stalls.end_all("the machine was paused")
         self._forget_injections()
-
-    def _has_changed(self, monitor: Monitor) -> bool:
-        """Tell whether devices came or went, or were set up since the machine was mapped."""
-        assert self._attached is not None
-        session = self._attached._session
-        paths = set(virtio.list_devices(monitor))
-        if paths != {mapped.facts.backend_path for mapped in session.devices}:
-            return True
-        for mapped in session.devices:
-            if mapped.array is not None and mapped.device.driver_ok:
-                continue
-            path = mapped.facts.backend_path
-            try:
-                said = monitor.execute("x-query-virtio-status", {"path": path})
-            except QmpCommandError:
-                return True
-            ready = any("DRIVER_OK" in one for one in said["status"].get("statuses", ()))
-            if ready != mapped.device.driver_ok:
-                return True
-            # Set up, and refused when it was mapped: it may go better now.
-            if ready and not mapped.device.vhost_started and said["vhost-started"]:
-                return True
-        return False
 
     def _map_anew(self, *, keep: bool) -> None:
         """Map the machine anew, and go on with the histories of the queues that stayed."""
@@ -396,8 +359,7 @@ class WatchedMachine:
             if before is not None and before[0] == sampler.maps[number]:
                 self._watch.adopt(number, before[1])
                 there.add(key)
-        for key in [key for key in self._stalls if key not in there]:
-            self._end_stall(key, "the queue was set up anew, or went")
+        self._stalls.end_all("the queue was set up anew, or went", but=there)
         self._stale = bool(sampler.stale)
         if self._stale:
             self._survey_at = time.monotonic() + self._remap_s
@@ -433,37 +395,13 @@ class WatchedMachine:
                 del self._ask_at[number]
                 self._clear(number, "it is no stall, on a closer look")
             return
-        key = (fixed.device, fixed.queue)
-        stall = self._stalls.get(key)
-        if stall is not None and stall.verdict.verdict is not verdict.verdict:
-            stall.verdict = verdict
-            self._healer.book.became(stall.number, self._walled(verdict))
+        self._stalls.persists(verdict)
         retry = self._heal(number, verdict, slow)
-        if retry is not None and number in self._ask_at and number in self._injected:
+        if number in self._injected:
             return
-        if key not in self._stalls and verdict.since_s >= self._settings.report_s:
-            self._report(verdict)
         if retry is not None:
             put_off = max(min(put_off, retry - now), _FIRST_ASKED_AGAIN_S)
         self._ask_at[number] = (now + put_off, put_off)
-
-    def _report(self, verdict: Verdict) -> _Stall:
-        """Tell a stall, and put it down; return it."""
-        key = (verdict.device, verdict.queue)
-        stall = self._stalls.get(key)
-        if stall is None or (stall.number.done() and stall.number.exception() is not None):
-            began = time.monotonic() - verdict.since_s
-            number = self._healer.stalled(
-                self.machine, self._walled(verdict), time.time() - verdict.since_s
-            )
-            if stall is None:
-                where = f" on hop {verdict.hop}" if verdict.hop else ""
-                why = verdict.evidence[0].value
-                text = f"{verdict.verdict}{where} for {verdict.since_s:.2f} s: {why}"
-                self._say(What.STALL, verdict, text, since_s=round(verdict.since_s, 4))
-            stall = _Stall(verdict, number, began)
-            self._stalls[key] = stall
-        return stall
 
     def _heal(self, number: int, verdict: Verdict, slow: SlowFacts) -> float | None:
         """Inject what the verdict names if that may be; else return when to ask again."""
@@ -471,11 +409,11 @@ class WatchedMachine:
         if not healer.enabled or verdict.verdict not in HEALED or verdict.event is None:
             return None
         if slow.vm_running is None:
-            self._not_healed(verdict, "the monitor does not say whether the machine runs")
+            self._stalls.not_healed(verdict, "the monitor does not say whether the machine runs")
             return None
         which = self._which(number)
-        if not healer.dry_run and not self._may_heal():
-            self._not_healed(verdict, "another kickcall watch heals this machine")
+        if not healer.dry_run and (refusal := self._may_not_heal()):
+            self._stalls.not_healed(verdict, refusal)
             return None
         # Threads that run or want to: the guest may be about to kick, or to reap, by itself.
         busy = not slow.vcpu_threads or any(
@@ -484,21 +422,19 @@ class WatchedMachine:
         decision = healer.decide(which, verdict, busy=busy)
         if not decision.heal:
             if decision.alert:
-                self._not_healed(verdict, decision.because, alert=True)
+                self._stalls.not_healed(verdict, decision.because, alert=True)
             return decision.retry_at
-        stall = self._report(verdict)
         if healer.dry_run:
-            if stall.said != _DRY_RUN:
-                stall.said = _DRY_RUN
-                self._say(What.WOULD_INJECT, verdict, f"would {verdict.event} it (dry run)")
-            return None
-        self._inject(number, which, verdict, stall)
-        return 0.0
+            self._stalls.would_inject(verdict)
+        else:
+            self._inject(number, which, verdict)
+        return None
 
-    def _inject(self, number: int, which: Queue, verdict: Verdict, stall: _Stall) -> None:
+    def _inject(self, number: int, which: Queue, verdict: Verdict) -> None:
         assert self._attached is not None and self._watch is not None
         watch, session = self._watch, self._attached._session
         side = _side(watch.track(number).now, verdict)
+        stall = self._stalls.report(verdict)
 
         def unmoved() -> bool:
             self._seen_at_work.update(watch.look())
@@ -509,34 +445,33 @@ class WatchedMachine:
                 session, watch.sampler.devices[number], verdict, stall.number, unmoved
             )
         except MachineGoneError:
-            self._healer.settle(which, None)
             raise
-        except KickcallError as exc:
+        except MonitorError as exc:
+            # It may have been written all the same.
             self._healer.settle(which, None)
+            self._stalls.not_healed(verdict, str(exc))
+            return
+        except KickcallError as exc:
+            self._healer.withdraw(which)
             if isinstance(exc, MapError):
                 self._stale, self._survey_at = True, 0.0
-            self._not_healed(verdict, str(exc))
+            self._stalls.not_healed(verdict, str(exc))
             return
         now = time.monotonic()
         self._injected[number] = _Injected(intent, now, side, verdict)
         self._ask_at[number] = (now, 0.0)
         self.due = now
         text = f"{verdict.event} injected via {result.via}: {result.target}"
-        self._say(What.INJECTED, verdict, text, via=str(result.via), injection=intent)
+        self._stalls.say(What.INJECTED, verdict, text, via=str(result.via), injection=intent)
 
-    def _may_heal(self) -> bool:
+    def _may_not_heal(self) -> str:
+        """Return why this watcher may not heal the machine; empty where it may."""
         if self._lock is None:
-            self._lock = HealLock.take(self.machine.pid, self.machine.start_time)
-        return self._lock is not None
-
-    def _not_healed(self, verdict: Verdict, because: str, *, alert: bool = False) -> None:
-        """Tell why, unless that was told already."""
-        if verdict.since_s < self._settings.report_s:
-            return
-        stall = self._report(verdict)
-        if stall.said != because:
-            stall.said = because
-            self._say(What.ALERT if alert else What.NOT_HEALED, verdict, because)
+            try:
+                self._lock = HealLock.take(self.machine.pid, self.machine.start_time)
+            except OSError as exc:
+                return f"no lock can be taken, so another kickcall watch may heal it, too: {exc}"
+        return "" if self._lock is not None else "another kickcall watch heals this machine"
 
     # --- both ---
 
@@ -546,30 +481,11 @@ class WatchedMachine:
         machine = self.machine
         return Queue(machine.pid, machine.start_time, fixed.device, fixed.queue)
 
-    def _walled(self, verdict: Verdict) -> Verdict:
-        return on_the_wall(verdict, time.time() - time.monotonic())
-
-    def _say(self, what: What, verdict: Verdict, text: str, **more: object) -> None:
-        more = {"verdict": str(verdict.verdict), "hop": verdict.hop, **more}
-        if verdict.event is not None:
-            more["event"] = str(verdict.event)
-        self._tell(of_queue(self.machine, what, verdict.device, verdict.queue, text, **more))
-
     def _clear(self, number: int, how: str) -> None:
         assert self._sampler is not None
         fixed = self._sampler.queues[number]
         if number not in self._injected:
-            self._end_stall((fixed.device, fixed.queue), how)
-
-    def _end_stall(self, key: tuple[str, int], how: str) -> None:
-        stall = self._stalls.pop(key, None)
-        if stall is None:
-            return
-        lasted = time.monotonic() - stall.began
-        self._healer.book.ended(stall.number, how, time.time())
-        self._say(
-            What.CLEARED, stall.verdict, f"{how} after {lasted:.2f} s", lasted_s=round(lasted, 4)
-        )
+            self._stalls.end((fixed.device, fixed.queue), how)
 
     def _forget_injections(self) -> None:
         for number, one in self._injected.items():
@@ -591,9 +507,8 @@ class WatchedMachine:
 
     def close(self, *, gone: bool) -> None:
         """Let go of the machine. `gone`: it ended."""
-        for key in list(self._stalls):
-            if gone:
-                self._end_stall(key, "the machine ended")
+        if gone:
+            self._stalls.end_all("the machine ended")
         self._let_go()
         if self._lock is not None:
             self._lock.close()

@@ -205,6 +205,11 @@ def settle(state: State, rules: Rules, which: Queue, helped: bool | None, at: fl
     )
 
 
+def withdraw(state: State, which: Queue) -> State:
+    """Return the state after an injection that was not written; its place in the budget is gone."""
+    return replace(state, pending=state.pending - {which})
+
+
 def forget(state: State, pid: int, start_time: int) -> State:
     """Return the state without a machine that ended; what the host spent stays spent."""
     gone = (pid, start_time)
