@@ -15,14 +15,17 @@ from kickcall.vmm.served import machine_served_at, served_monitor
 from kickcall.vmm.session import VmmSession
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kickcall.devices.base import Witness
     from kickcall.diagnose.states import Thresholds
+    from kickcall.host.kernel.program import Kernel
     from kickcall.model import Device, Injection, Machine, QueueMap, QueueState, Verdict
+    from kickcall.vmm.kernel_view import QueueInKernel
     from kickcall.vmm.monitor import BorrowMonitor
     from kickcall.vmm.recorder import Recording
     from kickcall.vmm.session import MappedDevice
+    from kickcall.vmm.verify import Check
 
 
 def attach(
@@ -169,6 +172,27 @@ class AttachedMachine:
         if queue is not None:
             mapped.queue_map(queue)
         return Recording(self._session, [(mapped, queue)], events=events)
+
+    def in_kernel(
+        self, queues: Sequence[AttachedQueue], kernel: Kernel | None = None
+    ) -> tuple[QueueInKernel, ...]:
+        """Return what the running kernel keeps of `queues`: eventfds, doorbells, vhost's indices.
+
+        Needs root and the extra `kickcall[kernel]`: raises KernelViewError or PrivilegeError
+        without. To ask more than once, open the `kernel` yourself (kickcall.host.kernel.program).
+        """
+        from kickcall.host.kernel.program import open_live
+        from kickcall.vmm.kernel_view import queues_in_kernel
+
+        chosen = [(queue._mapped, queue.map) for queue in queues]
+        return queues_in_kernel(self._session, kernel or open_live(), chosen)
+
+    def verify(self, kernel: Kernel | None = None) -> tuple[Check, ...]:
+        """Hold the whole map against KVM's and vhost's. Needs what `in_kernel` needs."""
+        from kickcall.host.kernel.program import open_live
+        from kickcall.vmm.verify import verify
+
+        return verify(self._session, kernel or open_live())
 
     def refresh(self) -> None:
         """Map the machine anew: after StaleMapError, or to see devices that were plugged in."""

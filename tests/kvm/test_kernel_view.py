@@ -25,8 +25,7 @@ from kickcall.host.kernel.program import open_live, open_vmcore
 from kickcall.host.kernel.vhost import vhosts_of
 from kickcall.lab.boot import boot
 from kickcall.vmm.crashed import crashed_machine, crashed_queues
-from kickcall.vmm.kernel_view import queues_in_kernel
-from kickcall.vmm.verify import Outcome, compare, verify
+from kickcall.vmm.verify import Outcome, compare
 from kickcall.vmm.wiring import wiring
 from kvm_zoo import KVM_ZOO, NOTIFIERS
 from witness import until
@@ -71,7 +70,7 @@ def rebooting(guest_image_built: GuestImage) -> Iterator[LabMachine]:
 
 def seen(kernel: Kernel, machine: AttachedMachine, queue: AttachedQueue) -> QueueInKernel:
     """Return a queue as the kernel has it."""
-    (found,) = queues_in_kernel(machine._session, kernel, [(queue._mapped, queue.map)])
+    (found,) = machine.in_kernel([queue], kernel)
     return found
 
 
@@ -200,7 +199,7 @@ def test_who_waits_on_a_notifier_is_named(kernel: Kernel, attached: AttachedMach
 
 
 def test_the_map_is_the_kernels_on_every_device(kernel: Kernel, attached: AttachedMachine) -> None:
-    checks = verify(attached._session, kernel)
+    checks = attached.verify(kernel)
     assert different(checks) == []
     assert same(checks) == ALL
     vhosts = vhosts_of(kernel, find_task(kernel, attached.info.pid))
@@ -247,11 +246,10 @@ def test_the_map_stays_the_kernels_over_reboots_and_resets(
     kernel: Kernel, rebooting: LabMachine
 ) -> None:
     with attach(rebooting.name) as machine:
-        session = machine._session
         for _ in range(ROUNDS):
             rebooting.guest.reboot()
-            session.refresh()
-            checks = verify(session, kernel)
+            machine.refresh()
+            checks = machine.verify(kernel)
             assert different(checks) == []
             assert same(checks) == ALL
             for device in rebooting.spec.devices:
@@ -261,13 +259,13 @@ def test_the_map_stays_the_kernels_over_reboots_and_resets(
                     0,
                     "",
                 )
-                session.refresh()
-                checks = verify(session, kernel)
+                machine.refresh()
+                checks = machine.verify(kernel)
                 assert different(checks) == []
                 assert same(checks) == {one for one in ALL if one[0] != device.id}
                 assert rebooting.guest.run(f"echo {address} >{driver}/bind", timeout=60) == (0, "")
-            session.refresh()
-            checks = verify(session, kernel)
+            machine.refresh()
+            checks = machine.verify(kernel)
             assert different(checks) == []
             assert same(checks) == ALL
 

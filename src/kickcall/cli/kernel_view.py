@@ -25,20 +25,17 @@ def print_kernel(
     """Print what the kernel keeps of the queues of `devices`, or of one of them."""
     from kickcall.host.eventfds import read_eventfd
     from kickcall.host.kernel.program import open_live
-    from kickcall.vmm.kernel_view import queues_in_kernel
 
     kernel = open_live()
     chosen = [
-        (device, one)
+        one
         for device in devices
         for one in (device.queues() if queue is None else (device.queue(queue),))
     ]
-    found = queues_in_kernel(
-        machine._session, kernel, [(device._mapped, one.map) for device, one in chosen]
-    )
+    found = machine.in_kernel(chosen, kernel)
     pid = machine.info.pid
     counts: list[dict[str, int | None]] = []
-    for _, one in chosen:
+    for one in chosen:
         states = {
             event: None if notifier is None else read_eventfd(pid, notifier.fd)
             for event, notifier in (("kick", one.map.kick), ("call", one.map.call))
@@ -56,12 +53,12 @@ def print_kernel(
                 "irqfds": seen.irqfds,
                 "vhost": _vhost_json(seen.vhost),
             }
-            for seen, (_, one), count in zip(found, chosen, counts, strict=True)
+            for seen, one, count in zip(found, chosen, counts, strict=True)
         ]
         print_json({"machine": machine.info.name, **_kernel_json(kernel), "queues": queues})
         return
     typer.echo(f"{plain(machine.info.name)}  pid {pid}  Linux {kernel.release}")
-    for seen, (_, one), count in zip(found, chosen, counts, strict=True):
+    for seen, one, count in zip(found, chosen, counts, strict=True):
         typer.echo(f"\n{plain(seen.id)} queue {seen.queue}")
         for event, notifier, context in (
             ("kick", one.map.kick, seen.kick),
@@ -87,10 +84,9 @@ def print_kernel(
 
 def print_verify(machine: AttachedMachine, json: bool) -> None:
     """Print how our map compares with the kernel's; exit with 1 where it differs."""
-    from kickcall.host.kernel.program import open_live
-    from kickcall.vmm.verify import Outcome, verify
+    from kickcall.vmm.verify import Outcome
 
-    checks = verify(machine._session, open_live())
+    checks = machine.verify()
     different = [check for check in checks if check.outcome is Outcome.DIFFERENT]
     if json:
         print_json({"machine": machine.info.name, "checks": checks, "differences": len(different)})
