@@ -14,11 +14,12 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kickcall import errors
-from kickcall.errors import StubError
+from kickcall.errors import StubBusyError, StubError
 from kickcall.vmm import served, stub_guard
 from kickcall.vmm.monitor import CONNECT_TIMEOUT
 
@@ -62,6 +63,12 @@ def write_paused(session: VmmSession, write: RegisterWrite) -> float:
     or the guard goes on until it does.
     """
     machine = session.machine
+    if any(
+        option == "-gdb" and value.startswith("chardev:")
+        for option, value in pairwise(machine.command)
+    ):
+        # Its character device may have any name, so what the guard looks for would not tell.
+        raise StubBusyError(f"{machine.name} was started with a gdb stub (-gdb chardev:…)")
     held = served.served_monitor(machine.pid, machine.start_time, own=True)
     order = {
         "pid": machine.pid,
