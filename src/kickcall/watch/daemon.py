@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _SCAN_S = 0.5
 _WORKERS = 8
+_TROUBLE_S = 10.0
 
 
 class Daemon:
@@ -45,6 +46,8 @@ class Daemon:
         self._tell = tell
         self._inbox: queue.SimpleQueue[Happening | WatchedMachine | None] = queue.SimpleQueue()
         self._stopping = False
+        self._blind = ""
+        """Why /proc could not be read, as it was told."""
         self._machines: dict[tuple[int, int], WatchedMachine] = {}
         self._gone: set[WatchedMachine] = set()
         self._busy: set[WatchedMachine] = set()
@@ -83,7 +86,14 @@ class Daemon:
                         self._tell(item)
 
     def _scan(self) -> None:
-        found = {(one.pid, one.start_time): one for one in self._finder.scan()}
+        try:
+            found = {(one.pid, one.start_time): one for one in self._finder.scan()}
+        except OSError as exc:  # no descriptors left, for instance
+            if str(exc) != self._blind:
+                self._blind = str(exc)
+                self.tell(Happening(What.ALERT, f"cannot look for machines: {exc}"))
+            return
+        self._blind = ""
         for key in [key for key in self._machines if key not in found]:
             self._end(self._machines[key])
         for key, machine in found.items():
@@ -107,6 +117,9 @@ class Daemon:
                 self._end(machine)
                 self._close(machine)
                 continue
+            except Exception as exc:
+                self._in_trouble(machine, exc)
+                wants_work = False
             if wants_work:
                 self._busy.add(machine)
                 pool.submit(self._work, machine)
@@ -118,10 +131,14 @@ class Daemon:
             machine.work()
         except MachineGoneError:
             self._gone.add(machine)
-        except Exception as exc:  # one machine's trouble is not to be everybody's
-            self.tell(of_machine(machine.machine, What.ALERT, f"{type(exc).__name__}: {exc}"))
-            machine.due = time.monotonic() + 10.0
+        except Exception as exc:
+            self._in_trouble(machine, exc)
         self._inbox.put(machine)
+
+    def _in_trouble(self, machine: WatchedMachine, exc: Exception) -> None:
+        """Leave a machine alone for a while: its trouble is not to be everybody's."""
+        self.tell(of_machine(machine.machine, What.ALERT, f"{type(exc).__name__}: {exc}"))
+        machine.due = time.monotonic() + _TROUBLE_S
 
     def _receive(self, until: float) -> None:
         """Tell what happened and take back machines, until something is due."""
