@@ -222,13 +222,13 @@ class LabHost:
                 job.rmdir()
 
     def _interrupt(self, started: Command) -> None:
-        """Let a command end as Ctrl-C would have it, and kill it if it does not."""
-        with contextlib.suppress(LabError):
+        """Let a command end as Ctrl-C would have it; kill it if it does not, or at the second."""
+        try:
             self.machine.guest.run(f"kill -INT -$(cat /run/agent/{started.id}/pid)")
+            started.wait(_GRACE)
+        except (LabError, KeyboardInterrupt):
             with contextlib.suppress(LabError):
-                started.wait(_GRACE)
-                return
-            started.kill()
+                started.kill()
 
 
 class _Copy:
