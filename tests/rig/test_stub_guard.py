@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -274,6 +276,29 @@ def test_a_process_that_hangs_keeps_no_machine_paused(
     for _ in range(max(KILLS // 4, 1)):
         # A writer that hangs before it paused anything is given longer: the machine runs anyway.
         signalled(machine, session, (whom,), signal.SIGSTOP, chance.uniform(0, whole))
+    assert folders(machine) == []
+
+
+def test_a_killed_server_of_the_monitor_keeps_no_machine_paused(
+    machine: LabMachine, tmp_path: Path
+) -> None:
+    chance, whole = random.Random(7), 0.1
+    for number in range(KILLS):
+        command = [sys.executable, "-m", "kickcall", "qmp", machine.name]
+        command += ["--listen", str(tmp_path / f"served{number}")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            assert "listening" in server.stdout.readline()
+            with attach(machine.name) as attached:
+                if number == 0:
+                    whole = time_of_one(attached._session)
+                pid = forked(attached._session)
+                time.sleep(chance.uniform(0, whole))
+                server.kill()
+                until(lambda: is_as_before(machine), "the machine runs and has no stub", 5.0)
+                os.waitpid(pid, 0)
+        until(lambda: not guard_processes(), "the guard ends", 15.0)
+        assert is_as_before(machine)
     assert folders(machine) == []
 
 

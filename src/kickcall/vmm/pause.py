@@ -101,7 +101,10 @@ def write_paused(session: VmmSession, write: RegisterWrite) -> float:
         return told.pause_ms
     if told.error is not None:
         kind = getattr(errors, told.error[0], StubError)
-        raise kind(f"{machine.name}: {told.error[1]}")
+        now = ""
+        if told.phase in (stub_guard.PAUSING, stub_guard.RUNNING) and kind is StubError:
+            now = "; the machine runs again, and the event may have been raised"
+        raise kind(f"{machine.name}: {told.error[1]}{now}")
     if told.phase in (stub_guard.PAUSING, stub_guard.RUNNING):
         raise StubError(
             f"{machine.name}: the write was cut short (a process of kickcall was killed, or QEMU "
