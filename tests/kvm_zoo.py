@@ -143,8 +143,12 @@ class HandlerHits:
         return {self._functions[row[0]]: int(row[1]) for row in rows if row[0] in self._functions}
 
     def _define(self, line: str) -> None:
-        with (self._TRACING / "kprobe_events").open("a") as events:
-            events.write(line + "\n")
+        # Not open(): to append it would seek, which the kernel refuses here.
+        events = os.open(self._TRACING / "kprobe_events", os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(events, f"{line}\n".encode())
+        finally:
+            os.close(events)
 
 
 def knock(machine: LabMachine, device: str = "vsock0", timeout: float = 10.0) -> None:

@@ -180,12 +180,12 @@ def test_the_rfcs_command_works_on_every_device(kvm_zoo: LabMachine, tmp_path: P
         for name, (backend, _, having) in NOTIFIERS.items():
             last = {"dev": f"/machine/peripheral/{name}", "queue": having - 1}
             before = interrupts(kvm_zoo)
-            assert ask(listen, "x-debug-device-event", {**last, "event": "call"}) == {}
+            assert ask(listen, "x-debug-device-event", {**last, "event": "call"}, 60) == {}
             after = interrupts_after(kvm_zoo, before)
             line = interrupt_lines(kvm_zoo, name, having - 1)
             assert rise(before, after) == {(name, line): 1}
             counts = eventfd_counts(kvm_zoo.pid)
-            assert ask(listen, "x-debug-device-event", {**last, "event": "kick"}) == {}
+            assert ask(listen, "x-debug-device-event", {**last, "event": "kick"}, 60) == {}
             rose = eventfd_counts(kvm_zoo.pid)
             moved = [rose[fd] - counts[fd] for fd in counts if rose[fd] != counts[fd]]
             if backend is BackendKind.VHOST_KERNEL:
