@@ -5,6 +5,7 @@ No guest is needed for that: the register that is written here is a word of RAM.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -225,7 +226,8 @@ def signalled(
         ours = set(found.values()) - {pid}
         for name in whom:
             if name in found:
-                os.kill(found[name], number)
+                with contextlib.suppress(ProcessLookupError):  # it was done just now
+                    os.kill(found[name], number)
         began = time.monotonic()
         until(lambda: is_as_before(machine), "the machine runs and has no stub", 5.0)
         took = time.monotonic() - began
@@ -233,7 +235,8 @@ def signalled(
         if number == signal.SIGSTOP:
             os.kill(pid, signal.SIGCONT)
             for one in set(guard_processes()) & ours:
-                os.kill(one, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGCONT)
         if whom[0] == "kickcall" and number == signal.SIGKILL:
             os.waitpid(pid, 0)
         else:
