@@ -108,8 +108,11 @@ def test_every_call_raises_its_own_interrupt_by_one(
         before = interrupts(kvm_zoo)
         result = attached.device(name).queue(number).call()
         assert result.via is Via.EVENTFD
-        after = interrupts_after(kvm_zoo, before)
-        assert rise(before, after) == {(name, interrupt_lines(kvm_zoo, name, number)): 1}
+        rose = rise(before, interrupts_after(kvm_zoo, before))
+        own = (name, interrupt_lines(kvm_zoo, name, number))
+        # The host may ask for the guest's address at any time (ARP): a packet is received then.
+        others = [line for line in rose if line != own and not line[1].startswith("input.")]
+        assert (rose.get(own), others) == (1, [])
 
 
 @pytest.mark.parametrize("name", IN_THE_KERNEL)
