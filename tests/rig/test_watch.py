@@ -450,6 +450,8 @@ def test_a_loaded_guest_loses_kicks_and_calls_and_never_notices(
     watcher.wait_for("came")
     relay = machine.relay("vub0")
     loads = [machine.guest.start(LOAD.format(disk=machine.disk(disk))) for disk in ("vub0", "blk0")]
+    time.sleep(SOAK_S / 2)
+    assert journal_of(tmp_path).injections() == []
     until = time.monotonic() + SOAK_S
     while time.monotonic() < until:
         # One at a time: the relay loses an injected kick as readily as the guest's.

@@ -20,6 +20,7 @@ from kickcall.watch.policy import (
     forget,
     inject,
     settle,
+    withdraw,
 )
 
 Q0 = Queue(100, 5000, "/machine/peripheral/vub0", 0)
@@ -100,6 +101,13 @@ def test_an_unknown_outcome_makes_its_queue_wait_and_no_other() -> None:
     assert not ask(state, now=0.5).heal
     assert ask(state, Q1, now=0.5).heal
     assert state.host.failures == 0
+
+
+def test_what_was_not_written_after_all_leaves_the_queue_as_it_was_but_is_paid_for() -> None:
+    state = withdraw(inject(State(), RULES, Q0, 0.0), Q0)
+    assert ask(state, now=RULES.pause_s).heal
+    assert state.host.times == (0.0,)
+    assert state.queues[Q0].failures == 0
 
 
 def test_the_breaker_opens_when_healing_does_not_help_and_says_so() -> None:
