@@ -72,14 +72,13 @@ def diagnose(
     limits = limits or Thresholds()
     chosen = [device] if device is not None else list(session.devices)
     only = [(one, queue) for one in chosen]
-    started = time.monotonic()
     with contextlib.ExitStack() as stack:
         recording = None
         # Evidence that costs nothing but itself where the kernel cannot give it, or may not.
         with contextlib.suppress(KickcallError):
             recording = stack.enter_context(Recording(session, only))
         watch = Watch(stack.enter_context(Sampler(session, only)), recording)
-        until = started + duration_s
+        until = time.monotonic() + duration_s
         latest = until + limits.device_s + _MARGIN_S
         while True:
             _watch(watch, until, limits)
