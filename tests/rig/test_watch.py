@@ -191,6 +191,7 @@ def test_every_lost_kick_is_healed_and_no_healthy_queue_is_written_to(
     assert [(one.queue, one.verdict) for one in stalls] == [(2, "lost-kick")] * losses
     assert all(one.ending == "healed by a kick" for one in stalls)
     assert {row.stall for row in rows} == {one.id for one in stalls}
+    assert all(abs(row.evidence[0]["at"] - row.at) < PATIENCE_S for row in rows)
 
 
 def test_without_heal_and_in_a_dry_run_nothing_is_written(

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from kickcall.devices.base import device_class
+from kickcall.diagnosis import on_the_wall
 from kickcall.errors import EventNotSupportedError, KickcallError
 from kickcall.host import processes
 from kickcall.watch.book import COMMAND
@@ -122,13 +123,15 @@ class Healer:
         Takes only ways that do not stop the machine. `unmoved` is asked last, after the intent is
         on the disk. Raises KickcallError where nothing was written, or nobody knows.
         """
+        verdict = on_the_wall(verdict, time.time() - time.monotonic())
         assert verdict.event is not None
         kind = device_class(session, mapped)
         refusals = []
         for via in NEUTRAL:
             witness = _Put(self.book, verdict, stall, unmoved)
+            event, queue = verdict.event, verdict.queue
             try:
-                result = kind.device_event(verdict.event, verdict.queue, via=via, witness=witness)
+                result = kind.device_event(event, queue, via=via, witness=witness)
             except EventNotSupportedError as exc:
                 refusals.append(str(exc))
                 continue

@@ -49,6 +49,8 @@ _ASKED_AT_ONCE = 16
 _HELP_S = 1.0
 """How long a queue is watched for progress after an injection."""
 _HELP_LOOK_S = 0.01
+_LATE_S = 0.001
+"""A look at a threshold comes so much later, for the clocks of two looks to differ enough."""
 _SURVEY_FIRST_S = 0.5
 _SURVEY_MOST_S = 15.0
 """Between two questions to the monitor whether devices came or were set up."""
@@ -190,10 +192,14 @@ class WatchedMachine:
                 continue
             self._ask_at.pop(number, None)
             self._clear(number, "it moved")
-            half = limits.notification_s / 2
-            if (view.work_waits and view.device_still_s >= half) or (
-                view.call_was_owed and view.driver_still_s >= half
-            ):
+            still = max(
+                view.device_still_s if view.work_waits else 0.0,
+                view.driver_still_s if view.call_was_owed else 0.0,
+            )
+            if limits.notification_s / 2 <= still < limits.notification_s:
+                ready_at = now + limits.notification_s - still + _LATE_S
+                wanted_at = min(wanted_at, max(ready_at, now + _HELP_LOOK_S))
+            elif limits.notification_s <= still < 2 * limits.notification_s:
                 wanted_at = min(wanted_at, soon)
             elif rule.verdict is VerdictKind.IDLE and not (
                 track.now.kick_count or track.now.call_count
