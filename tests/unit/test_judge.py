@@ -855,3 +855,18 @@ def test_a_call_that_the_kernel_saw_was_lost_behind_its_notifier(
 ) -> None:
     said = verdict(fixed, (BEFORE, rest), (1.0, done), slow=recorded(called_at=called_at))
     assert (says(said), said.event) == ((V.LOST_CALL, hop), DeviceEvent.CALL)
+
+
+def test_a_request_that_was_published_and_done_between_two_looks_has_a_call_of_its_own() -> None:
+    was = split(10, 10, 10, avail_event=10, used_event=10)
+    done = split(11, 11, 11, avail_event=11, used_event=10)
+    seen = ((BEFORE, was), (1.0, done))
+    assert says(verdict(blk(), *seen, slow=recorded(called_at=0.25))) == (V.LOST_CALL, 9)
+    assert says(verdict(blk(), *seen, slow=recorded(called_at=None))) == (V.LOST_CALL, 8)
+
+
+def test_a_call_between_two_looks_tells_nothing_where_the_driver_reaped_meanwhile() -> None:
+    was = split(11, 10, 11, avail_event=11, used_event=10)
+    done = split(12, 12, 12, avail_event=12, used_event=11)
+    said = verdict(blk(), (BEFORE, was), (1.0, done), slow=recorded(called_at=0.25))
+    assert says(said) == (V.LOST_CALL, 8)

@@ -78,6 +78,8 @@ def advance(track: Track, sample: Sample, fixed: QueueFixed) -> Track:
     was = track.now
     device = _device_side(sample) != _device_side(was)
     driver = _driver_side(sample) != _driver_side(was)
+    # A driver that only published has taken no call: it would have asked for its next one.
+    reaped = (sample.avail_flags, sample.used_event) != (was.avail_flags, was.used_event)
     # Work that appears in an empty queue starts the device's clock; more of it does not: a driver
     # that goes on publishing is no sign that the device looks. A device that is still at what it
     # fetched long ago has all the time of a notification for what is published now.
@@ -99,7 +101,7 @@ def advance(track: Track, sample: Sample, fixed: QueueFixed) -> Track:
         untaken_since=_since(track.untaken_since, was.call_count, sample.call_count, at),
         moved_at=at if device or driver else track.moved_at,
         kick_owed=_owed(track.kick_owed, kick_is_owed, fixed, was, sample, taken=device),
-        call_owed=_owed(track.call_owed, _is_called_for, fixed, was, sample, taken=driver),
+        call_owed=_owed(track.call_owed, _is_called_for, fixed, was, sample, taken=reaped),
     )
 
 
