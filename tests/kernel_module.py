@@ -123,19 +123,27 @@ def remove() -> None:
 
 
 class SkipInGuest:
-    """The same in the kernel of a guest."""
+    """The same in the kernel of a guest. The module is sent there at once, which takes seconds."""
 
     def __init__(self, machine: LabMachine, calls: Calls, count: int = 1) -> None:
         self._guest = machine.guest
         self._calls = calls
         self._count = count
+        self._file = f"/run/{NAME}.ko"
+        self._send(self._file)
 
     @property
     def left(self) -> int:
         return int(self._run(f"cat {PARAMETERS}/skip"))
 
     def __enter__(self) -> Self:
-        file = f"/run/{NAME}.ko"
+        self._run(f"insmod {self._file} {self._calls.parameters(self._count)}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run(f"rmmod {NAME}")
+
+    def _send(self, file: str) -> None:
         if self._guest.run(f"test -e {file}").status:
             release = self._run("uname -r").strip()
             # What gunzip takes: RFC 1952.
@@ -144,11 +152,6 @@ class SkipInGuest:
             for at in range(0, len(text), _CHUNK):
                 self._run(f"echo {text[at : at + _CHUNK]} >>{file}.part")
             self._run(f"base64 -d {file}.part | gunzip >{file}.new && mv {file}.new {file}")
-        self._run(f"insmod {file} {self._calls.parameters(self._count)}")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._run(f"rmmod {NAME}")
 
     def _run(self, command: str) -> str:
         status, output = self._guest.run(command)
