@@ -28,12 +28,15 @@ class GuardMonitor:
         self._deadline = time.monotonic() + timeout
         self._buffer = b""
         self._decoder = json.JSONDecoder()
+        self._asked = 0
+        self._name = os.urandom(6).hex()
         self.events: list[dict[str, Any]] = []
         """What QEMU told unasked while it was asked."""
         self._sock = _connect(path, timeout)
         try:
-            if "QMP" not in self._receive():
-                raise MonitorError(f"{path}: what answers there speaks no QMP")
+            while "QMP" not in (said := self._receive()):
+                if not said.keys() & {"return", "error", "event"}:
+                    raise MonitorError(f"{path}: what answers there speaks no QMP")
             self.execute("qmp_capabilities")
         except BaseException:
             self._sock.close()
@@ -44,23 +47,31 @@ class GuardMonitor:
         self._deadline = time.monotonic() + timeout
 
     def execute(self, command: str, **arguments: object) -> Any:
-        """Return what QEMU returns. Raises QmpCommandError, or MonitorGoneError and its kin."""
+        """Return what QEMU returns. Raises QmpCommandError, or MonitorGoneError and its kin.
+
+        Where the last client was killed while QEMU was at work on its command, QEMU gives the
+        answer to the next client (7.2): only what bears this question's own id is its answer.
+        """
+        self._asked += 1
+        identity = f"{self._name}-{self._asked}"
         try:
             self._sock.settimeout(self._left())
-            message = {"execute": command, "arguments": arguments}
+            message = {"execute": command, "arguments": arguments, "id": identity}
             self._sock.sendall(json.dumps(message).encode() + b"\n")
         except OSError as exc:
             raise MonitorGoneError(f"{self.path}: the monitor went away: {exc}") from exc
         while True:
             said = self._receive()
-            if "return" in said:
+            if "event" in said:
+                self.events.append(said)
+            elif said.get("id") != identity:
+                continue
+            elif "return" in said:
                 return said["return"]
-            if "error" in said:
+            elif "error" in said:
                 raise QmpCommandError(
                     f"QEMU refused {command}: {said['error']['desc']}", said["error"]["class"]
                 )
-            if "event" in said:
-                self.events.append(said)
 
     def hmp(self, line: str) -> str:
         """Return what the human monitor prints for `line`."""

@@ -303,7 +303,8 @@ def _rescued(order: dict[str, Any], phase: str) -> dict[str, Any]:
                 # Without a stub nothing of ours can pause it again.
                 if paused and monitor.execute("query-status")["status"] == "paused":
                     monitor.execute("cont")
-            break
+                if order["socket"] not in (_stub(monitor) or ""):
+                    break
         except QmpCommandError as exc:
             problem = str(exc)
             break
