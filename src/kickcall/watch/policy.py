@@ -64,9 +64,9 @@ class Rules:
     """How long a verdict must have held, while all of the guest's processors sleep."""
     busy_persist_s: float = 0.5
     """The same while one of them runs or wants to: the driver may be about to do it itself."""
-    queue: Budget = Budget(30, 60.0, 3)
-    machine: Budget = Budget(60, 60.0, 6)
-    host: Budget = Budget(300, 60.0, 12)
+    queue: Budget = Budget(120, 60.0, 3)
+    machine: Budget = Budget(240, 60.0, 6)
+    host: Budget = Budget(600, 60.0, 12)
     pause_s: float = 0.05
     """Between two injections into one queue, where the first helped."""
     back_off_s: float = 1.0
