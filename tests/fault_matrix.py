@@ -186,6 +186,12 @@ class Matrix:
 HEADER = ("fault", "queues", "layout", "event index", "verdict", "hop", "with --probe", "right")
 
 
+def is_impossible(item: pytest.Item) -> bool:
+    """Tell whether the test of a fault is one that no queue of its layout can have."""
+    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    return {"name", "rig"} <= params.keys() and not cells(params["name"], *params["rig"])
+
+
 def summarize(terminal: pytest.TerminalReporter) -> None:
     """Print the matrix when pytest is done, and write it into the documentation if asked to."""
     matrix = Matrix()

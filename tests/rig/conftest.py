@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fault_matrix import summarize
+from fault_matrix import is_impossible, summarize
 from kickcall.attached import attach
 from kickcall.lab.boot import boot
 from witness import watch_queues
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from kickcall.attached import AttachedMachine
     from kickcall.lab.image import GuestImage
     from kickcall.lab.machine import LabMachine
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    impossible = [item for item in items if is_impossible(item)]
+    config.hook.pytest_deselected(items=impossible)
+    items[:] = [item for item in items if item not in impossible]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
