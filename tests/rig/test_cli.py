@@ -143,6 +143,7 @@ def test_show_tells_where_a_lost_kick_left_the_queue(zoo: LabMachine) -> None:
         "event",
         "via",
         "eventfd_id",
+        "pause_ms",
         "target",
         "dry_run",
         "before",

@@ -226,7 +226,7 @@ RULES: tuple[Rule, ...] = (
             and view.kick_was_owed
             and not view.kick_waits
         ),
-        "The driver published work and had to kick, the kick notifier is empty, and the device "
+        "The driver published work and had to kick, no kick waits to be read, and the device "
         "has not looked.",
         "2.7.13.4.1, 2.8.10",
         "{kick}",
