@@ -37,7 +37,8 @@ os._exit(1)
 def targets() -> set[str]:
     """Return the vhost targets and the memory disks that are on this host."""
     vhost = {str(path) for path in (TARGETS / "vhost").glob("naa.*")}
-    return vhost | {str(path) for path in (TARGETS / "core").glob("rd_mcp_*/*")}
+    disks = (TARGETS / "core").glob("rd_mcp_*/*")
+    return vhost | {str(path) for path in disks if path.is_dir()}
 
 
 def wwpn(machine: LabMachine) -> str:
