@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -91,18 +90,16 @@ def test_output_is_seen_while_the_command_runs_and_several_run_at_once(host: Lab
     waiting.join()
 
 
-def test_files_that_change_here_are_seen_there_by_the_next_command(host: LabHost) -> None:
-    # /tmp is the host's own, so the file is beside the tests.
-    file = Path(__file__).parent / f".seen-by-the-host-{os.getpid()}"
-    try:
-        for text in ("one\n", "two\n"):
-            file.write_text(text)
-            assert run(host, ["cat", str(file)]) == (0, text, "")
-        # What is written there is not seen here.
-        host.run(["sh", "-c", f"echo three >{file}"])
-        assert file.read_text() == "two\n"
-    finally:
-        file.unlink()
+def test_files_that_change_here_are_seen_there_by_the_next_command(
+    host: LabHost, tmp_path: Path
+) -> None:
+    file = tmp_path / "seen"
+    for text in ("one\n", "two\n"):
+        file.write_text(text)
+        assert run(host, ["cat", str(file)]) == (0, text, "")
+    # What is written there is not seen here.
+    host.run(["sh", "-c", f"echo three >{file}"])
+    assert file.read_text() == "two\n"
 
 
 def test_the_shared_folder_is_written_for_good(host: LabHost) -> None:
