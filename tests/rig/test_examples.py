@@ -35,8 +35,9 @@ ALL = [block for page in pages() for block in blocks(page)]
 PYTHON = [block for block in ALL if block.run]
 SHELL = {"console", "sh", "bash"}
 OWN_TESTS = {"lab", "demo", "qmp", "watch", "trace", "--vmcore"}
-"""Commands that boot machines, or go on until they are told to stop, or look at a kernel that this
-machine may not have: they have tests of their own."""
+OWN_OPTIONS = {"--kernel", "--verify", "--allow-pause"}
+"""What boots machines, or goes on until it is told to stop, or looks at a kernel that this machine
+may not have, or says beforehand what it will do: it has tests of its own."""
 
 
 def _joined(block: Block) -> list[str]:
@@ -51,7 +52,7 @@ def shell_lines() -> list[tuple[str, list[str]]]:
             typed = line.removeprefix("$ ")
             if typed.startswith("kickcall "):
                 words = shlex.split(typed, comments=True)[1:]
-                if words[0] not in OWN_TESTS and not {"--kernel", "--verify"} & set(words):
+                if words[0] not in OWN_TESTS and not OWN_OPTIONS & set(words):
                     found.append((f"{block}: {typed}", words))
     return found
 
