@@ -24,6 +24,7 @@ from kvm_zoo import (
     kick_handler,
     knock,
 )
+from served import serving
 from witness import NotifyTrace, eventfd_counts, interrupts, interrupts_after, rise, until
 
 if TYPE_CHECKING:
@@ -44,19 +45,6 @@ def kickcall(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does."""
     command = [sys.executable, "-m", "kickcall", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@contextlib.contextmanager
-def serving(machine: LabMachine, listen: Path) -> Iterator[None]:
-    """Run `kickcall qmp` on a machine: a monitor that has the RFC's command."""
-    command = [sys.executable, "-m", "kickcall", "qmp", machine.name, "--listen", str(listen)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert "listening" in server.stdout.readline()
-            yield
-        finally:
-            server.terminate()
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -23,6 +21,7 @@ from kickcall.errors import (
 from kickcall.host.eventfds import COUNT_MAX
 from kickcall.host.processes import Process
 from kickcall.model import DeviceEvent, Via
+from served import serving
 from witness import (
     NotifyTrace,
     StoppedIothread,
@@ -230,19 +229,6 @@ def test_qmp_is_refused_where_qemu_lacks_the_command(
 ) -> None:
     with pytest.raises(EventNotSupportedError, match="this QEMU has no x-debug-device-event"):
         attached.device_event("blk0", event, 0, via="qmp")
-
-
-@contextlib.contextmanager
-def serving(machine: LabMachine, listen: Path) -> Iterator[None]:
-    """Run `kickcall qmp` on a machine: a monitor that has the RFC's command."""
-    command = [sys.executable, "-m", "kickcall", "qmp", machine.name, "--listen", str(listen)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert "listening" in server.stdout.readline()
-            yield
-        finally:
-            server.terminate()
 
 
 def test_qmp_raises_both_events_where_the_monitor_has_the_command(

@@ -6,7 +6,7 @@ All of it is plain data. Whoever samples says when; the judge has no clock.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class SlowFacts:
     backend_threads: tuple[BackendThread, ...] = ()
     """Who should read the kick notifier: the iothread or main loop, or the back-end's threads."""
     vcpu_threads: tuple[BackendThread, ...] = ()
-    interrupts: InterruptPath = field(default_factory=InterruptPath)
+    interrupts: InterruptPath = InterruptPath()
     recorded_since: float | None = None
     """Since when the kernel has counted the queue's notifications; None where it does not."""
     kicked_at: float | None = None

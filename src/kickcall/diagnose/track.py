@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kickcall.model import Layout
@@ -50,9 +50,9 @@ class Track:
     """The same for the call notifier."""
     moved_at: float
     """When any index last moved; the time of the first sample where none has."""
-    kick_owed: Owed = field(default_factory=lambda: Owed())
+    kick_owed: Owed = Owed()
     """Between which looks the driver came to owe the device a kick."""
-    call_owed: Owed = field(default_factory=lambda: Owed())
+    call_owed: Owed = Owed()
     """Between which looks the device came to owe the driver a call."""
 
 

@@ -117,11 +117,17 @@ class View:
         return moved and track.now.at - track.moved_at < self.limits.notification_s
 
     @property
+    def hesitates_s(self) -> float:
+        """Seconds for which whose turn it is has not moved; 0 where it is nobody's."""
+        return max(
+            self.device_still_s if self.work_waits else 0.0,
+            self.driver_still_s if self.call_was_owed else 0.0,
+        )
+
+    @property
     def hesitates(self) -> bool:
         """Whose turn it is has not moved for so long that it is worth waiting for a verdict."""
-        return (self.work_waits and self.device_still_s >= _HESITATION_S) or (
-            self.call_was_owed and self.driver_still_s >= _HESITATION_S
-        )
+        return self.hesitates_s >= _HESITATION_S
 
     # --- what waits ---
 
@@ -191,12 +197,8 @@ class View:
     @property
     def kick_recorded(self) -> bool:
         """The kernel saw the kick that was owed, on its notifier."""
-        slow, since = self.slow, self.track.kick_owed.since
-        return (
-            slow is not None
-            and slow.kicked_at is not None
-            and since is not None
-            and slow.kicked_at > since
+        return self.slow is not None and _came_after(
+            self.slow.kicked_at, self.track.kick_owed.since
         )
 
     @property
@@ -205,9 +207,7 @@ class View:
         slow, after = self.slow, self.track.kick_owed.after
         if slow is None or slow.recorded_since is None or after is None:
             return False
-        return slow.recorded_since <= after and not (
-            slow.kicked_at is not None and slow.kicked_at > after
-        )
+        return slow.recorded_since <= after and not _came_after(slow.kicked_at, after)
 
     @property
     def drained_by_reading(self) -> bool:
@@ -440,12 +440,8 @@ class View:
     @property
     def call_recorded(self) -> bool:
         """The kernel saw the call that was owed, on its notifier."""
-        slow, since = self.slow, self.track.call_owed.since
-        return (
-            slow is not None
-            and slow.called_at is not None
-            and since is not None
-            and slow.called_at > since
+        return self.slow is not None and _came_after(
+            self.slow.called_at, self.track.call_owed.since
         )
 
     @property
@@ -477,6 +473,10 @@ class View:
         return self.slow is not None and any(
             thread.state is ThreadState.STOPPED for thread in self.slow.vcpu_threads
         )
+
+
+def _came_after(at: float | None, since: float | None) -> bool:
+    return at is not None and since is not None and at > since
 
 
 def _all_stopped(threads: Iterable[BackendThread]) -> bool:

@@ -192,10 +192,7 @@ class WatchedMachine:
                 continue
             self._ask_at.pop(number, None)
             self._clear(number, "it moved")
-            still = max(
-                view.device_still_s if view.work_waits else 0.0,
-                view.driver_still_s if view.call_was_owed else 0.0,
-            )
+            still = view.hesitates_s
             if limits.notification_s / 2 <= still < limits.notification_s:
                 ready_at = now + limits.notification_s - still + _LATE_S
                 wanted_at = min(wanted_at, max(ready_at, now + _HELP_LOOK_S))
