@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
+import struct
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -60,6 +62,9 @@ QEMUS_OWN = {"vnet0": 4, "vnetplain0": 2, "vsock0": 2}
 DISKS = ("vscsi0", "iot0", "scsi0", "vub0")
 NETS = ("vnet0", "vnetplain0")
 
+# linux/sockios.h, linux/if_arp.h
+_SIOCSARP, _ETHER, _ATF_COM, _ATF_PERM = 0x8955, 1, 0x02, 0x04
+
 _NEEDED = {
     "vhost_scsi": Path("/dev/vhost-scsi"),
     "vhost_net": Path("/dev/vhost-net"),
@@ -93,6 +98,25 @@ def interrupt_lines(machine: LabMachine, device: str, queue: int) -> str:
             return "virtqueues"
         case _:  # drivers/block/virtio_blk.c: init_vq
             return f"req.{queue}"
+
+
+def know_each_other(machine: LabMachine, device: str) -> None:
+    """Let guest and host know each other's MAC address for good, so that nobody asks again.
+
+    A question would be a packet that no test asked for, and could heal a queue.
+    """
+    spec = machine.device(device)
+    assert isinstance(spec, VhostNet)
+    ours = Path(f"/sys/class/net/{spec.tap}/address").read_text().strip()
+    status, output = machine.guest.run(f"arp -s {spec.address} {ours}")
+    assert status == 0, output
+    # struct arpreq: two addresses, flags, a netmask that is not used, the interface (arp(7)).
+    guest = socket.inet_aton(spec.guest_address)
+    mac = bytes.fromhex(spec.mac.replace(":", ""))
+    request = struct.pack("=H2x4s8x", socket.AF_INET, guest) + struct.pack("=H6s8x", _ETHER, mac)
+    request += struct.pack("=i16x16s", _ATF_COM | _ATF_PERM, spec.tap.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SIOCSARP, request)
 
 
 def kick_handler(device: str, queue: int) -> str:

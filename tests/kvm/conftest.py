@@ -12,7 +12,7 @@ import pytest
 
 from kickcall.attached import attach
 from kickcall.lab.boot import boot
-from kvm_zoo import KVM_ZOO, missing
+from kvm_zoo import KVM_ZOO, NETS, know_each_other, missing
 from witness import watch_queues
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def kvm_zoo(guest_image_built: GuestImage) -> Iterator[LabMachine]:
     """A machine with all of `KVM_ZOO`, under KVM. Leave it as you found it."""
     with boot(KVM_ZOO, timeout=BOOT_TIMEOUT) as machine:
         watch_queues(machine)
+        for net in NETS:
+            know_each_other(machine, net)
         yield machine
 
 

@@ -98,9 +98,7 @@ def test_every_call_raises_its_own_interrupt_by_one(
         assert result.via is Via.EVENTFD
         rose = rise(before, interrupts_after(kvm_zoo, before))
         own = (name, interrupt_lines(kvm_zoo, name, number))
-        # The host may ask for the guest's address at any time (ARP): a packet is received then.
-        others = [line for line in rose if line != own and not line[1].startswith("input.")]
-        assert (rose.get(own), others) == (1, [])
+        assert rose == {own: 1}
 
 
 @pytest.mark.parametrize("name", IN_THE_KERNEL)
@@ -202,9 +200,12 @@ def test_an_idle_machine_and_a_busy_one_are_healthy(
     assert [str(verdict) for verdict in idle if verdict.verdict.stalled] == []
     # A receive queue full of empty buffers is how it has to be.
     said = {(verdict.device, verdict.queue): verdict.verdict for verdict in idle}
-    for name in NETS:
+    for name in ("vnet0", "vsock0"):
         assert str(said[f"/machine/peripheral/{name}", 0]) == "idle"
-    assert str(said["/machine/peripheral/vsock0", 0]) == "idle"
+    # Without the event index nothing tells whether the driver has seen what it received.
+    used = attached.device("vnetplain0").queue(0).state().used_idx
+    plain = str(said["/machine/peripheral/vnetplain0", 0])
+    assert plain == ("unknown" if used else "idle")
     with traffic(kvm_zoo):
         busy = attached.diagnose(duration_s=3)
     assert [str(verdict) for verdict in busy if verdict.verdict.stalled] == []

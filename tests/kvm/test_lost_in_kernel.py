@@ -7,19 +7,16 @@ the doorbell or vhost has raised is then lost, and nothing else is touched.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import re
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,11 +31,12 @@ from kickcall.lab.boot import boot
 from kickcall.lab.monitor import ask
 from kickcall.lab.spec import MachineSpec, VhostNet, VhostScsi
 from kickcall.model import DeviceEvent, VerdictKind
-from kvm_zoo import interrupt_lines
+from kvm_zoo import interrupt_lines, know_each_other
 from witness import interrupts, never, rise, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from kickcall.attached import AttachedMachine, AttachedQueue
     from kickcall.lab.guest import Command
@@ -54,9 +52,6 @@ PATIENCE = 60.0
 WATCHED_S = 8.0
 
 KICK, CALL = DeviceEvent.KICK, DeviceEvent.CALL
-
-# linux/sockios.h, linux/if_arp.h
-_SIOCSARP, _ETHER, _ATF_COM, _ATF_PERM = 0x8955, 1, 0x02, 0x04
 
 # Its guest is quiet: a packet that nobody asked for could heal a network queue.
 LOSSY = MachineSpec(
@@ -86,22 +81,6 @@ def lossy(guest_image_built: GuestImage) -> Iterator[LabMachine]:
     with boot(LOSSY, timeout=600) as machine:
         know_each_other(machine, "vnet0")
         yield machine
-
-
-def know_each_other(machine: LabMachine, device: str) -> None:
-    """Let guest and host know each other's MAC address for good, so that nobody asks again."""
-    spec = machine.device(device)
-    assert isinstance(spec, VhostNet)
-    ours = Path(f"/sys/class/net/{spec.tap}/address").read_text().strip()
-    status, output = machine.guest.run(f"arp -s {spec.address} {ours}")
-    assert status == 0, output
-    # struct arpreq: two addresses, flags, a netmask that is not used, the interface (arp(7)).
-    guest = socket.inet_aton(spec.guest_address)
-    mac = bytes.fromhex(spec.mac.replace(":", ""))
-    request = struct.pack("=H2x4s8x", socket.AF_INET, guest) + struct.pack("=H6s8x", _ETHER, mac)
-    request += struct.pack("=i16x16s", _ATF_COM | _ATF_PERM, spec.tap.encode())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, _SIOCSARP, request)
 
 
 @pytest.fixture(scope="module")
