@@ -27,7 +27,9 @@ from kickcall.model import (
     VerdictKind,
     Via,
 )
-from kickcall.watch.journal import SCHEMA, Bounds, Journal, JournalError, Who, default_path
+from kickcall.watch.database import SCHEMA, Bounds, JournalError, default_path
+from kickcall.watch.journal import Journal
+from kickcall.watch.rows import Who
 from kickcall.watch.witness import JournalWitness
 
 if TYPE_CHECKING:
@@ -201,7 +203,8 @@ def test_each_user_has_a_journal_of_their_own(monkeypatch: pytest.MonkeyPatch) -
 WRITER = """
 import sys
 from kickcall.model import *
-from kickcall.watch.journal import Journal, Who
+from kickcall.watch.journal import Journal
+from kickcall.watch.rows import Who
 journal = Journal()
 vm = Machine(1, 2, "vm0", "", (), ())
 one = Injection("vm0", "/machine/d", 0, DeviceEvent.KICK, Via.EVENTFD, 1,
@@ -286,7 +289,7 @@ def test_a_full_disk_is_one_warning_and_no_more(tmp_path: Path) -> None:
     witness.written(injection())
     assert witness._journal is not None
     # SQLite says SQLITE_FULL at this limit as at a full disk.
-    witness._journal._database.execute("PRAGMA max_page_count = 1")
+    witness._journal._database.connection.execute("PRAGMA max_page_count = 1")
     while not warned:
         witness.before(VM0, injection(target="x" * 4000))
     witness.written(injection())

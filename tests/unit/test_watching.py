@@ -23,9 +23,9 @@ from kickcall.model import BackendKind, Layout
 from kickcall.vmm.sampler import Look
 from kickcall.watch import lock
 from kickcall.watch.healer import recall
-from kickcall.watch.journal import InjectionRow
 from kickcall.watch.lock import HealLock
 from kickcall.watch.policy import Queue, Rules
+from kickcall.watch.rows import InjectionRow
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ from kickcall.cli.output import plain, print_json, print_table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kickcall.watch.journal import InjectionRow, StallRow
+    from kickcall.watch.rows import InjectionRow, StallRow
     from kickcall.watch.witness import JournalWitness
 
 JournalOption = Annotated[
@@ -101,7 +101,7 @@ def _cause(row: StallRow | InjectionRow) -> object:
 
 
 def _to_cells(row: StallRow | InjectionRow) -> tuple[object, ...]:
-    from kickcall.watch.journal import StallRow
+    from kickcall.watch.rows import StallRow
 
     if isinstance(row, StallRow):
         when, what, by = row.began, f"{row.verdict}, hop {row.hop}", "-"
@@ -129,7 +129,7 @@ def _outcome(row: InjectionRow) -> str:
 
 
 def _to_json(row: StallRow | InjectionRow) -> dict[str, Any]:
-    from kickcall.watch.journal import StallRow
+    from kickcall.watch.rows import StallRow
 
     where = {
         "machine": row.machine,

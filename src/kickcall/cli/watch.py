@@ -52,9 +52,9 @@ def watch(
     from kickcall.errors import UsageError
     from kickcall.watch.book import Book
     from kickcall.watch.daemon import Daemon
+    from kickcall.watch.database import JournalError
     from kickcall.watch.happenings import Happening, What
     from kickcall.watch.healer import Healer
-    from kickcall.watch.journal import JournalError
     from kickcall.watch.machine import Settings
     from kickcall.watch.policy import Rules
 

@@ -14,14 +14,16 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, TypeVar
 
 from kickcall.host.processes import start_time
-from kickcall.watch.journal import Journal, JournalError, Who
+from kickcall.watch.database import JournalError
+from kickcall.watch.journal import Journal
+from kickcall.watch.rows import Who
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from kickcall.model import Evidence, Injection, Machine, Verdict
-    from kickcall.watch.journal import InjectionRow, StallRow
+    from kickcall.watch.rows import InjectionRow, StallRow
 
 COMMAND = "kickcall watch"
 _INTENT_S = 2.0

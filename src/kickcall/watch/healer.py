@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kickcall.model import Injection, Machine, Verdict
     from kickcall.vmm.session import MappedDevice, VmmSession
     from kickcall.watch.book import Book
-    from kickcall.watch.journal import InjectionRow, StallRow
+    from kickcall.watch.rows import InjectionRow, StallRow
 
 
 class MovedError(KickcallError):

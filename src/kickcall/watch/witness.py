@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from kickcall.watch.journal import Journal, JournalError, Who
+from kickcall.watch.database import JournalError
+from kickcall.watch.journal import Journal
+from kickcall.watch.rows import Who
 
 if TYPE_CHECKING:
     from collections.abc import Callable
