@@ -55,8 +55,8 @@ def watch(
     from kickcall.watch.database import JournalError
     from kickcall.watch.happenings import Happening, What
     from kickcall.watch.healer import Healer
-    from kickcall.watch.machine import Settings
     from kickcall.watch.policy import Rules
+    from kickcall.watch.settings import Settings
 
     seconds = seconds_of(interval)
     if not 0.01 <= seconds <= 60:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from kickcall.watch.healer import Healer
-    from kickcall.watch.machine import Settings
+    from kickcall.watch.settings import Settings
 
 _SCAN_S = 0.5
 _WORKERS = 8

@@ -7,34 +7,32 @@ and is for a thread of the pool. They are never called at the same time.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kickcall.attached import attach
 from kickcall.diagnose.judge import decide, judge, wants_slow_facts
-from kickcall.diagnose.states import ThreadState, Thresholds
 from kickcall.diagnose.view import View
 from kickcall.diagnosis import Watch
-from kickcall.errors import KickcallError, MachineGoneError, MapError, MonitorError
+from kickcall.errors import KickcallError, MachineGoneError, MonitorError
 from kickcall.host import processes
 from kickcall.model import VerdictKind
 from kickcall.vmm.sampler import Sampler
 from kickcall.vmm.slow_facts import facts_unasked
 from kickcall.watch.happenings import What, of_machine
-from kickcall.watch.lock import HealLock
-from kickcall.watch.policy import HEALED, Queue
 from kickcall.watch.stalls import Stalls
 from kickcall.watch.survey import has_changed
+from kickcall.watch.treatment import Treatment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kickcall.attached import AttachedMachine
-    from kickcall.diagnose.states import Sample, SlowFacts
+    from kickcall.diagnose.states import SlowFacts
     from kickcall.diagnose.track import Track
     from kickcall.model import Machine, QueueMap, Verdict
     from kickcall.watch.happenings import Happening
     from kickcall.watch.healer import Healer
+    from kickcall.watch.settings import Settings
 
 _MONITOR_S = 0.4
 """Waited for a monitor while something waits."""
@@ -46,9 +44,8 @@ _PATIENCE_S = 2.0
 """For so long a queue that stands still is asked about so often."""
 _ASKED_AT_ONCE = 16
 """Queues that one visit to the monitor asks about: 10 ms each."""
-_HELP_S = 1.0
-"""How long a queue is watched for progress after an injection."""
 _HELP_LOOK_S = 0.01
+"""Between two looks while it is watched whether an injection helps."""
 _LATE_S = 0.001
 """A look at a threshold comes so much later, for the clocks of two looks to differ enough."""
 _SURVEY_FIRST_S = 0.5
@@ -61,28 +58,6 @@ _PAUSED_S = 0.5
 _RETRY_MOST_S = 30.0
 _SHARE = 25
 """A machine's looks take one part in so many of a processor at most, however many queues it has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How machines are watched. Seconds."""
-
-    interval_s: float = 0.1
-    """Between two looks while nothing hesitates."""
-    limits: Thresholds = field(default_factory=lambda: Thresholds(notification_s=0.15))
-    """Whoever stands still for so long is looked at more closely, and healed if the facts agree."""
-    report_s: float = 0.5
-    """A stall that is not healed is told after so long: `kickcall diagnose` waits as long."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Injected:
-    """An injection whose effect is watched for."""
-
-    number: int
-    at: float
-    side: tuple[object, ...]
-    verdict: Verdict
 
 
 class WatchedMachine:
@@ -106,7 +81,6 @@ class WatchedMachine:
         self._attached: AttachedMachine | None = None
         self._sampler: Sampler | None = None
         self._watch: Watch | None = None
-        self._lock: HealLock | None = None
         self._came = False
         self._trouble = ""
         self._retry_s = 0.5
@@ -122,7 +96,7 @@ class WatchedMachine:
         self._ask_at: dict[int, tuple[float, float]] = {}
         """When the monitor is asked about a queue next, and how long that was put off."""
         self._stalls = Stalls(machine, healer, tell, settings.report_s)
-        self._injected: dict[int, _Injected] = {}
+        self._treatment = Treatment(machine, healer, self._stalls)
 
     @property
     def came(self) -> bool:
@@ -158,7 +132,7 @@ class WatchedMachine:
             self._healer.close_orphans(self.machine, time.time())
         cost = time.thread_time() - started
         interval = max(self._settings.interval_s, cost * _SHARE)
-        if self._injected:
+        if self._treatment:
             interval = _HELP_LOOK_S
         self.due = min(now + interval, max(wanted_at, now + cost * 4))
         if sampler.stale and not self._stale:
@@ -183,7 +157,7 @@ class WatchedMachine:
             rule = decide(view)
             if wants_slow_facts(rule):
                 at, _ = self._ask_at.setdefault(number, (now, 0.0))
-                if number in self._injected:
+                if number in self._treatment:
                     continue
                 if now >= at:
                     self._suspects.append(number)
@@ -205,26 +179,10 @@ class WatchedMachine:
         return wanted_at
 
     def _follow_injections(self, watch: Watch, now: float) -> None:
-        for number, one in list(self._injected.items()):
-            track = watch.track(number)
-            helped: bool | None = None
-            if _side(track.now, one.verdict) != one.side or number not in self._ask_at:
-                helped = True
-            elif now >= one.at + _HELP_S:
-                helped = False
-            if helped is None:
-                continue
-            del self._injected[number]
+        for number, ending in self._treatment.follow(watch, now, self._ask_at).items():
             self._ask_at.pop(number, None)
-            self._healer.settle(self._which(number), helped)
-            self._healer.book.watched(one.number, helped)
-            more = {"after_s": round(now - one.at, 4), "injection": one.number}
-            event = one.verdict.event
-            if helped:
-                self._stalls.say(What.HELPED, one.verdict, f"the {event} helped", **more)
-                self._clear(number, f"healed by a {event}")
-            else:
-                self._stalls.say(What.REFUTED, one.verdict, f"the {event} did not help", **more)
+            if ending:
+                self._clear(number, ending)
 
     # --- in a thread of the pool ---
 
@@ -328,7 +286,7 @@ class WatchedMachine:
         self._paused = True
         self.due = time.monotonic() + _PAUSED_S
         self._stalls.end_all("the machine was paused")
-        self._forget_injections()
+        self._treatment.forget()
 
     def _map_anew(self, *, keep: bool) -> None:
         """Map the machine anew, and go on with the histories of the queues that stayed."""
@@ -341,7 +299,7 @@ class WatchedMachine:
                 for n, fixed in enumerate(sampler.queues)
                 if n not in sampler.stale
             }
-        self._forget_injections()
+        self._treatment.forget()
         self._ask_at.clear()
         self._suspects = []
         self._seen_at_work.clear()
@@ -399,106 +357,34 @@ class WatchedMachine:
                 self._clear(number, "it is no stall, on a closer look")
             return
         self._stalls.persists(verdict)
-        retry = self._heal(number, verdict, slow)
-        if number in self._injected:
+        self._treat(number, verdict, slow, put_off)
+
+    def _treat(self, number: int, verdict: Verdict, slow: SlowFacts, put_off: float) -> None:
+        """Have a stall healed if that may be; `put_off` is when to ask about it again if not."""
+        assert self._attached is not None and self._watch is not None
+        treated = self._treatment.treat(number, verdict, slow, self._watch, self._attached._session)
+        self._seen_at_work.update(treated.seen)
+        now = time.monotonic()
+        if treated.injected:
+            self._ask_at[number] = (now, 0.0)
             return
-        if retry is not None:
-            put_off = max(min(put_off, retry - now), _FIRST_ASKED_AGAIN_S)
+        if treated.map_is_wrong:
+            self._stale, self._survey_at = True, 0.0
+        if treated.retry_at is not None:
+            put_off = max(min(put_off, treated.retry_at - now), _FIRST_ASKED_AGAIN_S)
         self._ask_at[number] = (now + put_off, put_off)
 
-    def _heal(self, number: int, verdict: Verdict, slow: SlowFacts) -> float | None:
-        """Inject what the verdict names if that may be; else return when to ask again."""
-        healer = self._healer
-        if not healer.enabled or verdict.verdict not in HEALED or verdict.event is None:
-            return None
-        if slow.vm_running is None:
-            self._stalls.not_healed(verdict, "the monitor does not say whether the machine runs")
-            return None
-        which = self._which(number)
-        if not healer.dry_run and (refusal := self._may_not_heal()):
-            self._stalls.not_healed(verdict, refusal)
-            return None
-        # Threads that run or want to: the guest may be about to kick, or to reap, by itself.
-        busy = not slow.vcpu_threads or any(
-            thread.state is ThreadState.RUNNING for thread in slow.vcpu_threads
-        )
-        decision = healer.decide(which, verdict, busy=busy)
-        if not decision.heal:
-            if decision.alert:
-                self._stalls.not_healed(verdict, decision.because, alert=True)
-            return decision.retry_at
-        if healer.dry_run:
-            self._stalls.would_inject(verdict)
-        else:
-            self._inject(number, which, verdict)
-        return None
-
-    def _inject(self, number: int, which: Queue, verdict: Verdict) -> None:
-        assert self._attached is not None and self._watch is not None
-        watch, session = self._watch, self._attached._session
-        side = _side(watch.track(number).now, verdict)
-        stall = self._stalls.report(verdict)
-
-        def unmoved() -> bool:
-            self._seen_at_work.update(watch.look())
-            return _side(watch.track(number).now, verdict) == side
-
-        try:
-            intent, result = self._healer.raise_event(
-                session, watch.sampler.devices[number], verdict, stall.number, unmoved
-            )
-        except MachineGoneError:
-            raise
-        except MonitorError as exc:
-            # It may have been written all the same.
-            self._healer.settle(which, None)
-            self._stalls.not_healed(verdict, str(exc))
-            return
-        except KickcallError as exc:
-            self._healer.withdraw(which)
-            if isinstance(exc, MapError):
-                self._stale, self._survey_at = True, 0.0
-            self._stalls.not_healed(verdict, str(exc))
-            return
-        now = time.monotonic()
-        self._injected[number] = _Injected(intent, now, side, verdict)
-        self._ask_at[number] = (now, 0.0)
-        self.due = now
-        text = f"{verdict.event} injected via {result.via}: {result.target}"
-        self._stalls.say(What.INJECTED, verdict, text, via=str(result.via), injection=intent)
-
-    def _may_not_heal(self) -> str:
-        """Return why this watcher may not heal the machine; empty where it may."""
-        if self._lock is None:
-            try:
-                self._lock = HealLock.take(self.machine.pid, self.machine.start_time)
-            except OSError as exc:
-                return f"no lock can be taken, so another kickcall watch may heal it, too: {exc}"
-        return "" if self._lock is not None else "another kickcall watch heals this machine"
-
     # --- both ---
-
-    def _which(self, number: int) -> Queue:
-        assert self._sampler is not None
-        fixed = self._sampler.queues[number]
-        machine = self.machine
-        return Queue(machine.pid, machine.start_time, fixed.device, fixed.queue)
 
     def _clear(self, number: int, how: str) -> None:
         assert self._sampler is not None
         fixed = self._sampler.queues[number]
-        if number not in self._injected:
+        if number not in self._treatment:
             self._stalls.end((fixed.device, fixed.queue), how)
-
-    def _forget_injections(self) -> None:
-        for number, one in self._injected.items():
-            self._healer.settle(self._which(number), None)
-            self._healer.book.watched(one.number, None)
-        self._injected.clear()
 
     def _let_go(self) -> None:
         if self._sampler is not None:
-            self._forget_injections()
+            self._treatment.forget()
             self._sampler.close()
         if self._attached is not None:
             self._attached.close()
@@ -513,22 +399,6 @@ class WatchedMachine:
         if gone:
             self._stalls.end_all("the machine ended")
         self._let_go()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._treatment.close()
         if gone:
             self._healer.forget(self.machine)
-
-
-def _side(sample: Sample, verdict: Verdict) -> tuple[object, ...]:
-    """Return what moves when the verdict's event helps: the device's side, or also the driver's."""
-    device = (
-        sample.used_idx,
-        sample.last_avail_idx,
-        sample.avail_event,
-        sample.used_flags,
-        sample.unreadable,
-    )
-    if verdict.hop < 7:
-        return device
-    return (*device, sample.avail_idx, sample.avail_flags, sample.used_event)
