@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "kickcall": CORE | {"attached"},
     "lab": PUBLIC,
     "qmp": PUBLIC,
-    "watch": PUBLIC,
-    "cli": PUBLIC | {"lab", "qmp", "watch"},
+    "draw": NOUNS | {"virtio", "diagnose"},
+    "watch": PUBLIC | {"draw"},
+    "cli": PUBLIC | {"lab", "qmp", "draw", "watch"},
     "__main__": {"cli"},
 }
 DOES_IO = {
@@ -48,7 +49,7 @@ DOES_IO = {
     "threading",
     "time",
 }
-PURE = ("virtio/", "diagnose/", "watch/policy")
+PURE = ("virtio/", "diagnose/", "draw/", "watch/policy")
 ASYNCIO = ("qmp/", "lab/relay", "vmm/monitor")
 PRINTS = ("cli/",)
 
