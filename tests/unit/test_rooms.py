@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "lab": PUBLIC,
     "qmp": PUBLIC,
     "draw": NOUNS | {"virtio", "diagnose"},
-    "watch": PUBLIC | {"draw"},
-    "cli": PUBLIC | {"lab", "qmp", "draw", "watch"},
+    "incident": PUBLIC | {"draw"},
+    "watch": PUBLIC | {"draw", "incident"},
+    "cli": PUBLIC | {"lab", "qmp", "draw", "incident", "watch"},
     "__main__": {"cli"},
 }
 DOES_IO = {
@@ -49,7 +50,7 @@ DOES_IO = {
     "threading",
     "time",
 }
-PURE = ("virtio/", "diagnose/", "draw/", "watch/policy")
+PURE = ("virtio/", "diagnose/", "draw/", "incident/redact", "watch/policy")
 ASYNCIO = ("qmp/", "lab/relay", "vmm/monitor")
 PRINTS = ("cli/",)
 
