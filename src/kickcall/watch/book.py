@@ -35,10 +35,16 @@ T = TypeVar("T")
 
 
 class Book:
-    """The journal at `path`, written behind the watcher's back. `complain` is told of failures."""
+    """The journal at `path`, written behind the watcher's back. `complain` is told of failures.
 
-    def __init__(self, path: Path | None, complain: Callable[[str], None]) -> None:
+    With `kept=False` nothing is put down: for who only looks on.
+    """
+
+    def __init__(
+        self, path: Path | None, complain: Callable[[str], None], *, kept: bool = True
+    ) -> None:
         self._path = path
+        self._kept = kept
         self._complain = complain
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._journal: Journal | None = None
@@ -72,9 +78,10 @@ class Book:
     # --- in anybody's ---
 
     def _submit(self, work: Callable[[Journal], T]) -> Future[T]:
-        if not self._waiting.acquire(blocking=False):
+        if not self._kept or not self._waiting.acquire(blocking=False):
             failed: Future[T] = Future()
-            failed.set_exception(JournalError("the journal's disk does not keep up"))
+            why = "the journal's disk does not keep up" if self._kept else "nothing is put down"
+            failed.set_exception(JournalError(why))
             return failed
         future = self._pool.submit(self._do, work)
         future.add_done_callback(lambda _: self._waiting.release())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from kickcall.watch.healer import Healer
+    from kickcall.watch.onlooker import Onlooker
     from kickcall.watch.settings import Settings
 
 _SCAN_S = 0.5
@@ -39,7 +40,9 @@ class Daemon:
         settings: Settings,
         healer: Healer,
         tell: Callable[[Happening], None],
+        onlooker: Onlooker | None = None,
     ) -> None:
+        self._onlooker = onlooker
         self._finder = Finder(wanted)
         self._settings = settings
         self._healer = healer
@@ -98,7 +101,9 @@ class Daemon:
             self._end(self._machines[key])
         for key, machine in found.items():
             if key not in self._machines:
-                watched = WatchedMachine(machine, self._settings, self._healer, self.tell)
+                watched = WatchedMachine(
+                    machine, self._settings, self._healer, self.tell, self._onlooker
+                )
                 self._machines[key] = watched
                 self._schedule(watched)
 
@@ -171,5 +176,7 @@ class Daemon:
         self._gone.discard(machine)
         with contextlib.suppress(KickcallError, OSError):
             machine.close(gone=True)
+        if self._onlooker is not None:
+            self._onlooker.gone(machine)
         if machine.came:
             self.tell(of_machine(machine.machine, What.WENT, "it ended"))

@@ -24,7 +24,7 @@ from kickcall.watch.survey import has_changed
 from kickcall.watch.treatment import Treatment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
     from kickcall.attached import AttachedMachine
     from kickcall.diagnose.states import SlowFacts
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kickcall.model import Machine, QueueMap, Verdict
     from kickcall.watch.happenings import Happening
     from kickcall.watch.healer import Healer
+    from kickcall.watch.onlooker import Onlooker
     from kickcall.watch.settings import Settings
 
 _MONITOR_S = 0.4
@@ -72,9 +73,11 @@ class WatchedMachine:
         settings: Settings,
         healer: Healer,
         tell: Callable[[Happening], None],
+        onlooker: Onlooker | None = None,
     ) -> None:
         self.machine = machine
         self.due = 0.0
+        self._onlooker = onlooker
         self._settings = settings
         self._healer = healer
         self._tell = tell
@@ -108,6 +111,11 @@ class WatchedMachine:
         """How many queues are watched."""
         return 0 if self._sampler is None else len(self._sampler.queues)
 
+    @property
+    def doubtful(self) -> Container[int]:
+        """The queues that stand still, by their numbers: the monitor is asked about them."""
+        return self._ask_at
+
     # --- in the loop ---
 
     def look(self) -> bool:
@@ -134,6 +142,9 @@ class WatchedMachine:
         interval = max(self._settings.interval_s, cost * _SHARE)
         if self._treatment:
             interval = _HELP_LOOK_S
+        if self._onlooker is not None:
+            self._onlooker.looked(self, watch, active, now)
+            interval = max(interval, self._onlooker.pace_s)
         self.due = min(now + interval, max(wanted_at, now + cost * 4))
         if sampler.stale and not self._stale:
             self._stale = True
@@ -214,6 +225,7 @@ class WatchedMachine:
         self._survey_s, self._survey_at = _SURVEY_FIRST_S, now + _SURVEY_FIRST_S
         self._orphans_at = now + 2 * self._settings.report_s
         self._trouble, self._retry_s = "", 0.5
+        self._show_map()
         if not self._came:
             self._came = True
             text = f"watching {self.queues} queues of {len(session.devices)} devices"
@@ -227,6 +239,8 @@ class WatchedMachine:
         if not isinstance(exc, MonitorError) or self._attached is None:
             self._let_go()
             self._stalls.end_all("it was lost from sight")
+            if self._onlooker is not None:
+                self._onlooker.lost(self, str(exc))
         self.due = time.monotonic() + self._retry_s
         self._survey_at = self.due
         self._retry_s = min(self._retry_s * 2, _RETRY_MOST_S)
@@ -246,6 +260,7 @@ class WatchedMachine:
             # Its notifiers may be others, and time stood still for everybody.
             self._map_anew(keep=False)
             self._paused = not session.running
+            self._show_map()
 
     def _visit(self) -> None:
         """Ask the monitor what is wanted, and act on it."""
@@ -287,6 +302,11 @@ class WatchedMachine:
         self.due = time.monotonic() + _PAUSED_S
         self._stalls.end_all("the machine was paused")
         self._treatment.forget()
+        self._show_map()
+
+    def _show_map(self) -> None:
+        if self._onlooker is not None and self._attached is not None and self._watch is not None:
+            self._onlooker.mapped(self, self._attached._session, self._watch, paused=self._paused)
 
     def _map_anew(self, *, keep: bool) -> None:
         """Map the machine anew, and go on with the histories of the queues that stayed."""
@@ -321,6 +341,7 @@ class WatchedMachine:
                 self._watch.adopt(number, before[1])
                 there.add(key)
         self._stalls.end_all("the queue was set up anew, or went", but=there)
+        self._show_map()
         self._stale = bool(sampler.stale)
         if self._stale:
             self._survey_at = time.monotonic() + self._remap_s
@@ -339,6 +360,8 @@ class WatchedMachine:
         limits = self._settings.limits
         view = View(fixed, track, slow, limits)
         verdict = judge(fixed, track, slow, limits, machine=self.machine.name)
+        if self._onlooker is not None:
+            self._onlooker.judged(self, number, verdict, slow)
         now = time.monotonic()
         _, before = self._ask_at.get(number, (0.0, 0.0))
         put_off = min(max(before * 2, _FIRST_ASKED_AGAIN_S), _ASKED_AGAIN_MOST_S)
