@@ -23,6 +23,7 @@ zstd                  zstd
 '
 RIGS='
 debootstrap           debootstrap
+qemu-system-aarch64   qemu-system-arm
 socat                 socat
 nc                    netcat-openbsd
 gcc                   gcc

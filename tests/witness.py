@@ -67,7 +67,7 @@ def interrupts(machine: LabMachine) -> Counter[Line]:
         {
             (device.id, name): count
             for device in machine.spec.devices
-            for name, count in parse_interrupts(listing, f"0000:00:{device.slot:02x}.0").items()
+            for name, count in parse_interrupts(listing, machine.address(device.id)).items()
         }
     )
 

@@ -22,7 +22,7 @@ from kickcall.lab.spec import (
     guest_arguments,
     machine_arguments,
 )
-from kickcall.lab.spec_text import parse_device
+from kickcall.lab.spec_text import parse_board, parse_device
 from kickcall.lab.vhost_kernel import named
 
 
@@ -184,3 +184,34 @@ def test_what_the_lab_does_not_know_is_left_to_qemu() -> None:
 def test_a_device_that_makes_no_sense_is_refused(text: str, complaint: str) -> None:
     with pytest.raises(LabError, match=complaint):
         parse_device(text)
+
+
+def test_on_a_board_without_pci_every_device_is_on_virtio_mmio() -> None:
+    devices = (VirtioBlk(queues=2, packed=True), VirtioNet(legacy="off"))
+    spec = MachineSpec(name="vm0", board="microvm", devices=devices).complete()
+    command = machine_arguments(spec, "/f")
+    assert command[command.index("-M") + 1] == "microvm"
+    assert (
+        "virtio-blk-device,id=blk0,bus=virtio-mmio-bus.2,drive=blk0-disk,num-queues=2,packed=on"
+        in command
+    )
+    assert "virtio-net-device,id=net0,bus=virtio-mmio-bus.3,netdev=net0-user" in command
+
+
+def test_an_aarch64_board_has_both_transports() -> None:
+    devices = (VirtioBlk(mmio=True), VirtioBlk())
+    spec = MachineSpec(name="vm0", board="virt", devices=devices).complete()
+    drivers = [word.split(",")[0] for word in machine_arguments(spec, "/f") if "id=blk" in word]
+    assert drivers == ["virtio-blk-device", "virtio-blk-pci"]
+    image = GuestImage(Path("/vmlinuz"), Path("/initramfs"))
+    command = guest_arguments(spec, "/f", image, kvm=False)
+    told = command[command.index("-append") + 1].split()
+    assert told[:2] == ["console=ttyAMA0", "lab.agent=ttyS0"]
+    assert command[command.index("-cpu") + 1] == "cortex-a57"
+
+
+def test_a_board_that_is_not_there_or_lacks_the_transport_is_refused() -> None:
+    with pytest.raises(LabError, match="no virtio-mmio: take microvm or virt"):
+        MachineSpec(devices=(VirtioBlk(mmio=True),)).complete()
+    with pytest.raises(LabError, match="no board 'pc': take q35, microvm, virt"):
+        parse_board("pc")

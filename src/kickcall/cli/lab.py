@@ -48,11 +48,14 @@ def up(
             "virtio-net, vhost-user-blk, vhost-scsi, vhost-net, vhost-vsock (as root, on a KVM "
             "host), or any QEMU driver. NAME: id, queues, packed=on, "
             "iothread=on, relay=off, disk=null|file, size-mib, legacy=auto|off|only, "
-            "event-idx=off, or any property of QEMU's device. Without: one of each kind.",
+            "event-idx=off, mmio=on, or any property of QEMU's device. Without: one of each kind.",
             metavar="DEVICE",
             show_default=False,
         ),
     ] = None,
+    board: Annotated[
+        str, typer.Option(help="q35; microvm: no PCI, virtio-mmio; virt: a guest of aarch64.")
+    ] = "q35",
     qemu: Annotated[
         str, typer.Option(help="system, or a Debian release whose QEMU to run (needs root).")
     ] = "system",
@@ -70,10 +73,12 @@ def up(
         kickcall lab up vm0 --device virtio-blk,iothread=on,queues=2
 
         kickcall lab up vm1 --device vhost-user-blk --qemu trixie
+
+        kickcall lab up vm2 --board virt --device virtio-blk --device virtio-blk,mmio=on
     """
     from kickcall.lab.boot import boot
     from kickcall.lab.spec import MachineSpec
-    from kickcall.lab.spec_text import parse_device
+    from kickcall.lab.spec_text import parse_board, parse_device
 
     spec = MachineSpec(
         name=name,
@@ -81,6 +86,7 @@ def up(
         memory_mib=memory,
         cpus=cpus,
         monitors=monitors,
+        board=parse_board(board),
         qemu=qemu,
     )
     machine = boot(spec, outlives=True, tell=lambda step: typer.echo(f"lab: {step}", err=True))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from kickcall.errors import LabError
 from kickcall.lab import process, vhost_kernel
+from kickcall.lab.board import BOARDS
 from kickcall.lab.cache import locked, log_progress, tool
 from kickcall.lab.image import GuestImage, guest_image
 from kickcall.lab.machine import LabMachine, lab_folder, machines
@@ -52,13 +53,14 @@ def boot(
     when the main thread that booted it ends, or at the latest when the next machine is booted.
     Raises LabError with QEMU's last words if QEMU ends or the guest does not come up.
     """
-    qemu = find_qemu(spec.qemu, tell)
+    board = BOARDS[spec.board]
+    qemu = find_qemu(spec.qemu, tell, board)
     machine = prepare(spec, qemu, outlives=outlives)
     try:
         start_backends(machine, timeout)
-        image = _image_for(qemu, guest_image(tell))
+        image = _image_for(qemu, guest_image(tell, board.architecture))
         inside = folder_inside(machine, qemu)
-        accelerated = usable_kvm()
+        accelerated = board.architecture == "amd64" and usable_kvm()
         start_qemu(
             machine,
             qemu,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kickcall.lab import cpio
 from kickcall.lab.cache import built, log_progress
+from kickcall.lab.foreign import unpacked_arm64
 from kickcall.lab.modules import load_order
 from kickcall.lab.packages import (
     busybox_program,
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from kickcall.lab.board import Architecture
     from kickcall.lab.cache import Tell
 
 # In the order in which the guest inserts them; what they depend on is found.
 # virtio_pci first: then each driver finds the devices in the order of their PCI slots.
 MODULES = (
     "virtio_pci",
+    "virtio_mmio",
     "virtio_blk",
     "virtio_scsi",
     "sd_mod",
@@ -50,15 +53,16 @@ class GuestImage:
     initramfs: Path
 
 
-def guest_image(tell: Tell = log_progress) -> GuestImage:
+def guest_image(tell: Tell = log_progress, architecture: Architecture = "amd64") -> GuestImage:
     """Return the guest image from the cache; the first time, download and build it (10 s).
 
     To have it built from a newer kernel package, delete the cache folder.
     """
     scripts = {name: script(name) for name in ("init", "agent")}
     recipe = hashlib.sha256(repr((MODULES, _FOLDERS, sorted(scripts.items()))).encode())
-    name = f"guest-{distribution().id}-{recipe.hexdigest()[:12]}"
-    folder = built(name, lambda unfinished: _build(unfinished, scripts, tell))
+    source = distribution().id if architecture == "amd64" else architecture
+    name = f"guest-{source}-{recipe.hexdigest()[:12]}"
+    folder = built(name, lambda unfinished: _build(unfinished, scripts, architecture, tell))
     return GuestImage(folder / "vmlinuz", folder / "initramfs")
 
 
@@ -67,21 +71,32 @@ def script(name: str) -> bytes:
     return resources.files("kickcall.lab").joinpath("guest_files", name).read_bytes()
 
 
-def _build(folder: Path, scripts: dict[str, bytes], tell: Tell) -> None:
-    kernel, busybox = unpacked_kernel(tell), unpacked_busybox(tell)
+def _build(folder: Path, scripts: dict[str, bytes], architecture: Architecture, tell: Tell) -> None:
+    ours = busybox_program(unpacked_busybox(tell))
+    if architecture == "amd64":
+        kernel, program = unpacked_kernel(tell), ours
+    else:
+        kernel = unpacked_arm64(tell)
+        program = busybox_program(kernel)
     tell("building the guest's initramfs")
     vmlinuz, tree = kernel_files(kernel)
     entries = [cpio.folder(name) for name in (*_FOLDERS, "modules")]
-    entries += busybox_entries(busybox_program(busybox))
+    entries += busybox_entries(program, ours)
     entries += module_entries(tree, MODULES)
     entries.extend(cpio.file(name, content, 0o755) for name, content in scripts.items())
     (folder / "initramfs").write_bytes(cpio.archive(entries))
     (folder / "vmlinuz").write_bytes(vmlinuz.read_bytes())
 
 
-def busybox_entries(program: Path) -> list[cpio.Entry]:
-    """Return busybox and a link for each of its commands, in bin."""
-    listed = subprocess.run([program, "--list"], check=True, capture_output=True, text=True)
+def busybox_entries(program: Path, lists: Path | None = None) -> list[cpio.Entry]:
+    """Return busybox and a link for each of its commands, in bin.
+
+    `lists` is one that runs here and has the same commands, where `program` is another
+    architecture's.
+    """
+    listed = subprocess.run(
+        [lists or program, "--list"], check=True, capture_output=True, text=True
+    )
     return [
         cpio.file("bin/busybox", program.read_bytes(), 0o755),
         *(

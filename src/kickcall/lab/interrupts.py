@@ -1,4 +1,4 @@
-"""Which interrupts and disks has each PCI device in the guest? (Linux's /proc and /sys, read)"""
+"""Which interrupts and disks has each device in the guest? (Linux's /proc and /sys, read)"""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import re
 from collections import Counter
 
 
-def parse_interrupts(listing: str, pci_address: str) -> dict[str, int]:
+def parse_interrupts(listing: str, address: str) -> dict[str, int]:
     """Return the counts of a virtio device's interrupts, summed over CPUs, by the driver's name.
 
-    `listing` is /proc/interrupts with `ls -l /sys/bus/virtio/devices`; the device is the one at
-    `pci_address`, or behind the bridge there. Names that repeat (virtio-scsi calls each of its
-    request queues `request`) are numbered. An INTx line is called `intx`.
+    `listing` is /proc/interrupts with `ls -l /sys/bus/virtio/devices`; the device is the one that
+    sysfs calls `address` (as `0000:00:02.0`), or behind the bridge there. Names that repeat
+    (virtio-scsi calls each of its request queues `request`) are numbered. A line that all queues
+    share (INTx, virtio-mmio) is called `intx`.
     """
-    device = re.search(rf"/{re.escape(pci_address)}/(?:\S*/)?(virtio\d+)$", listing, re.MULTILINE)
+    device = re.search(rf"/{re.escape(address)}/(?:\S*/)?(virtio\d+)$", listing, re.MULTILINE)
     if device is None:
         return {}
     found: list[tuple[str, int]] = []
@@ -40,6 +41,6 @@ def parse_interrupts(listing: str, pci_address: str) -> dict[str, int]:
     return result
 
 
-def parse_disks(listing: str, pci_address: str) -> list[str]:
-    """Return the disks behind a PCI device, from `ls -l /sys/block`."""
-    return re.findall(rf"/{re.escape(pci_address)}/\S*/block/(\w+)$", listing, re.MULTILINE)
+def parse_disks(listing: str, address: str) -> list[str]:
+    """Return the disks behind the device that sysfs calls `address`, from `ls -l /sys/block`."""
+    return re.findall(rf"/{re.escape(address)}/\S*/block/(\w+)$", listing, re.MULTILINE)

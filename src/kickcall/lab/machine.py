@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kickcall.errors import LabError
 from kickcall.lab import process, vhost_kernel
 from kickcall.lab import spec as specs
+from kickcall.lab.board import BOARDS
 from kickcall.lab.guest import Guest
 from kickcall.lab.interrupts import parse_disks, parse_interrupts
 from kickcall.lab.monitor import ask
@@ -158,14 +159,31 @@ class LabMachine:
         `control`, `event`, `request.0` (scsi), `input.0`, `output.0` (net).
         """
         listing = self.guest.run("cat /proc/interrupts; ls -l /sys/bus/virtio/devices").output
-        return parse_interrupts(listing, self._pci_address(device))
+        return parse_interrupts(listing, self.address(device))
+
+    def address(self, device: str) -> str:
+        """Return what the guest's sysfs calls a device, or a port as `hot0`: `0000:00:02.0`.
+
+        What is not on PCI is found by where its registers are: `a000400.virtio_mmio`.
+        """
+        if port := re.fullmatch(r"hot(\d+)", device):
+            return f"0000:00:{specs.FIRST_HOTPLUG_SLOT + int(port[1]):02x}.0"
+        spec = self.device(device)
+        if not spec.mmio:
+            return f"0000:00:{spec.slot:02x}.0"
+        start = BOARDS[self.spec.board].mmio_address(spec.slot)
+        listing = self.guest.run("cat /proc/iomem").output
+        found = re.search(rf"^ *{start:08x}-[0-9a-f]+ : (\S+)", listing, re.MULTILINE)
+        if found is None:
+            raise LabError(f"the guest of {self.name} has no registers at {start:#x} ({device})")
+        return found[1]
 
     def disk(self, device: str) -> str:
         """Return the guest's path of a device's disk, as /dev/vda."""
         deadline = time.monotonic() + 30
         while True:
             listing = self.guest.run("ls -l /sys/block").output
-            if found := parse_disks(listing, self._pci_address(device)):
+            if found := parse_disks(listing, self.address(device)):
                 return f"/dev/{found[0]}"
             # The guest looks for SCSI disks in the background.
             if time.monotonic() > deadline:
@@ -246,13 +264,6 @@ class LabMachine:
             if started.what == what:
                 return started
         raise LabError(f"lab machine {self.name} has no process {what}")
-
-    def _pci_address(self, device: str) -> str:
-        if port := re.fullmatch(r"hot(\d+)", device):
-            slot = specs.FIRST_HOTPLUG_SLOT + int(port[1])
-        else:
-            slot = self.device(device).slot
-        return f"0000:00:{slot:02x}.0"
 
 
 def _spec_from(state: dict[str, Any]) -> MachineSpec:

@@ -16,7 +16,7 @@ from kickcall.errors import LabError
 from kickcall.lab.cache import built, run_tool, tool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from kickcall.lab.cache import Tell
 
@@ -122,15 +122,20 @@ def unpacked_busybox(tell: Tell) -> Path:
     )
 
 
-def download_unpacked(packages: Iterable[str], folder: Path, tell: Tell) -> None:
-    """Download packages of this system's archive and unpack them into one folder."""
+def download_unpacked(
+    packages: Iterable[str], folder: Path, tell: Tell, options: Sequence[str] = ()
+) -> None:
+    """Download packages and unpack them into one folder. `options` are apt's.
+
+    Without, they are of this system's archive.
+    """
     apt, dpkg = tool("apt-get", "apt"), tool("dpkg", "dpkg")
     names = list(packages)
     tell(f"downloading {', '.join(names)}")
     with tempfile.TemporaryDirectory(prefix="kickcall-deb-") as downloads:
         # As root apt would download as user _apt, who may not write to this folder.
         run_tool(
-            [apt, "download", "-q", "-o", "APT::Sandbox::User=root", *names],
+            [apt, "download", "-q", "-o", "APT::Sandbox::User=root", *options, *names],
             doing=f"downloading {', '.join(names)}",
             hint=_STALE_LISTS,
             cwd=Path(downloads),
@@ -156,21 +161,22 @@ def _unpack_host_kernel(folder: Path, tell: Tell) -> None:
     run_tool([busybox, "depmod", "-b", folder, version], doing=f"listing the modules of {version}")
 
 
-def kernel_packages(kernel: Kernel) -> list[str]:
+def kernel_packages(kernel: Kernel, options: Sequence[str] = ()) -> list[str]:
     """Follow the meta package's dependencies to the packages that hold the kernel."""
     found: list[str] = []
     to_ask = [kernel.meta]
     while to_ask:
-        for dependency in _dependencies(to_ask.pop()):
+        for dependency in _dependencies(to_ask.pop(), options):
             if re.fullmatch(kernel.part, dependency) and dependency not in found:
                 found.append(dependency)
                 to_ask.append(dependency)
     return found
 
 
-def _dependencies(package: str) -> list[str]:
+def _dependencies(package: str, options: Sequence[str]) -> list[str]:
+    asked = ["depends", "--no-recommends", "--no-suggests", *options, package]
     printed = run_tool(
-        [tool("apt-cache", "apt"), "depends", "--no-recommends", "--no-suggests", package],
+        [tool("apt-cache", "apt"), *asked],
         doing=f"asking apt for the package {package}",
         hint=_STALE_LISTS,
     )

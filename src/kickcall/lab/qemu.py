@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kickcall.errors import LabError
+from kickcall.lab.board import BOARDS
 from kickcall.lab.cache import built, locked, run_tool, tool
 
 if TYPE_CHECKING:
+    from kickcall.lab.board import Board
     from kickcall.lab.cache import Tell
 
-PROGRAM = "qemu-system-x86_64"
-_MIRROR = "http://deb.debian.org/debian"
+MIRROR = "http://deb.debian.org/debian"
 _DEVICES = ("kvm", "vhost-net", "vhost-scsi", "vhost-vsock", "net/tun")
-_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +30,24 @@ class Qemu:
     root: Path | None = None
 
 
-def find_qemu(name: str, tell: Tell) -> Qemu:
+def find_qemu(name: str, tell: Tell, board: Board = BOARDS["q35"]) -> Qemu:
     """Return the QEMU called `system`, or of a Debian suite as `trixie` (built the first time).
 
-    Raises LabError where QEMU is not installed, or a suite is asked for without root.
+    It is the one that has `board`. Raises LabError where it is not installed, or a suite is asked
+    for without root.
     """
     if name == "system":
-        return Qemu((tool(PROGRAM, "qemu-system-x86"),))
+        return Qemu((tool(board.program, board.package),))
     if not re.fullmatch(r"[a-z]+", name):
         raise LabError(f"{name!r} is no QEMU of the lab: say system or a Debian suite, as trixie")
+    if board.architecture != "amd64":
+        raise LabError(f"the board {board.name} runs on this system's QEMU only, not on {name}'s")
     if os.geteuid() != 0:
         raise LabError(f"QEMU of Debian {name} runs under chroot, which only root may: use sudo")
     root = built(f"qemu-{name}", lambda folder: _bootstrap(name, folder, tell))
     with locked("qemu-devices"):
         _give_devices(root)
-    return Qemu((tool("chroot", "coreutils"), str(root), PROGRAM), root)
+    return Qemu((tool("chroot", "coreutils"), str(root), board.program), root)
 
 
 def usable_kvm() -> bool:
@@ -80,13 +84,13 @@ def _give_devices(root: Path) -> None:
 
 def _bootstrap(suite: str, folder: Path, tell: Tell) -> None:
     debootstrap = tool("debootstrap", "debootstrap")
-    if not _KEYRING.exists():
+    if not KEYRING.exists():
         raise LabError(
-            f"Debian's archive keys {_KEYRING} are missing: apt-get install debian-archive-keyring"
+            f"Debian's archive keys {KEYRING} are missing: apt-get install debian-archive-keyring"
         )
     tell(f"installing Debian {suite} with its QEMU into {folder.parent} (half a minute)")
     run_tool(
-        [debootstrap, "--variant=minbase", f"--keyring={_KEYRING}", suite, folder, _MIRROR],
+        [debootstrap, "--variant=minbase", f"--keyring={KEYRING}", suite, folder, MIRROR],
         doing=f"installing Debian {suite} with debootstrap",
     )
     apt: list[str | Path] = [tool("chroot", "coreutils"), folder, "apt-get", "-q"]

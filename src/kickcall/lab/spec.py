@@ -8,6 +8,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from kickcall.errors import LabError
+from kickcall.lab.board import BOARDS, BoardName
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,16 +43,24 @@ class DeviceSpec:
     options: tuple[str, ...] = ()
     """More properties for -device, as `vectors=0`."""
     slot: int = 0
-    """The device's slot on the root PCI bus."""
+    """The device's slot on the root PCI bus, or its virtio-mmio transport."""
+    mmio: bool = False
+    """Whether its transport is virtio-mmio, as on boards without PCI it always is."""
 
     def properties(self, driver: str, *own: str) -> str:
         """Return the value of -device."""
         words = [driver, f"id={self.id}", f"addr={self.slot:#x}", *own]
+        if self.mmio:
+            words[0] = driver.replace("-pci", "-device")
+            words[2] = f"bus=virtio-mmio-bus.{self.slot}"
+            words = [word for word in words if word != "romfile="]
         if self.packed:
             words.append("packed=on")
         if not self.event_idx:
             words.append("event_idx=off")
-        if self.legacy == "off":
+        if self.mmio:
+            pass  # for all of a machine's: -global virtio-mmio.force-legacy
+        elif self.legacy == "off":
             words.append("disable-legacy=on")
         elif self.legacy == "only":
             words += ["disable-modern=on", "disable-legacy=off"]
@@ -271,6 +280,7 @@ class MachineSpec:
     devices: tuple[AnyDevice, ...] = ()
     memory_mib: int = 256
     cpus: int = 2
+    board: BoardName = "q35"
     qemu: str = "system"
     """`system`, or a Debian suite whose QEMU to use: `trixie` (10.0), `bookworm` (7.2)."""
     monitors: int = 1
@@ -293,6 +303,9 @@ class MachineSpec:
 
         Raises LabError for two devices of one id or one slot.
         """
+        board = BOARDS[self.board]
+        if not board.mmio_base and any(device.mmio for device in self.devices):
+            raise LabError(f"the board {self.board} has no virtio-mmio: take microvm or virt")
         given = [device.id for device in self.devices if device.id]
         taken_slots = {device.slot for device in self.devices if device.slot}
         numbers: Counter[str] = Counter()
@@ -306,7 +319,8 @@ class MachineSpec:
             slot = device.slot or next(free_slots, 0)
             if not slot:
                 raise LabError("a lab machine has room for 22 devices")
-            devices.append(replace(device, id=name, slot=slot))
+            mmio = device.mmio or not board.has_pci
+            devices.append(replace(device, id=name, slot=slot, mmio=mmio))
         for what, values in (
             ("id", [device.id for device in devices]),
             ("slot", [f"{device.slot:#x}" for device in devices]),
@@ -335,10 +349,10 @@ def machine_arguments(spec: MachineSpec, folder: str) -> list[str]:
     if spec.memory_is_shared:
         arguments += [
             *("-object", f"memory-backend-memfd,id=ram,size={spec.memory_mib}M,share=on"),
-            *("-M", "q35,memory-backend=ram"),
+            *("-M", f"{spec.board},memory-backend=ram"),
         ]
     else:
-        arguments += ["-M", "q35"]
+        arguments += ["-M", spec.board]
     for number in range(spec.monitors):
         arguments += ["-qmp", f"unix:{folder}/qmp{number},server=on,wait=off"]
     if spec.lab_monitor:
@@ -362,16 +376,18 @@ def guest_arguments(spec: MachineSpec, folder: str, image: GuestImage, *, kvm: b
         for device in spec.devices
         if isinstance(device, VhostNet)
     )
+    board = BOARDS[spec.board]
     return [
         *(("-accel", "kvm") if kvm else ("-accel", "tcg,thread=multi")),
-        *("-cpu", "host" if kvm else "max"),
+        *("-cpu", "host" if kvm else board.cpu),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
         "-append",
-        f"console=ttyS0 quiet panic=-1 tsc=reliable{addresses} {spec.kernel_arguments}".strip(),
+        f"console={board.console} lab.agent={board.agent} quiet panic=-1 tsc=reliable"
+        f"{addresses} {spec.kernel_arguments}".strip(),
         *("-chardev", f"file,id=lab-console,path={folder}/console.log,append=on"),
         *("-serial", "chardev:lab-console"),
         *("-chardev", f"socket,id=lab-agent,path={folder}/agent,server=on,wait=off"),
-        *("-serial", "chardev:lab-agent"),
+        *board.agent_port,
     ]
 
 

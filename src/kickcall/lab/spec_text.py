@@ -1,4 +1,4 @@
-"""How does a user write a device of a lab machine? `virtio-blk,iothread=on,queues=2`"""
+"""How does a user write a lab machine's parts? A device: `virtio-blk,iothread=on,queues=2`"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from kickcall.errors import LabError
 from kickcall.lab import spec as specs
+from kickcall.lab.board import BOARDS, BoardName
 from kickcall.lab.spec import AnyDevice, OtherDevice
 
 _KINDS = {name: kind for name, kind in specs.KINDS.items() if kind is not OtherDevice}
@@ -41,6 +42,13 @@ def parse_device(text: str) -> AnyDevice:
         else:
             options.append(setting)
     return kind(**fields, options=tuple(options))
+
+
+def parse_board(text: str) -> BoardName:
+    """Return the board that `text` names. Raises LabError for another word."""
+    if text not in BOARDS:
+        raise LabError(f"the lab has no board {text!r}: take {', '.join(BOARDS)}")
+    return BOARDS[text].name
 
 
 def _value(text: str, name: str, value: str, hint: object) -> bool | int | str:

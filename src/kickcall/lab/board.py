@@ -1,0 +1,61 @@
+"""Which boards can a lab machine be built on, and what does each need of QEMU and of Linux?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+BoardName = Literal["q35", "microvm", "virt"]
+Architecture = Literal["amd64", "arm64"]
+"""Debian's name of what runs on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Board:
+    """A machine type of QEMU: `-M`."""
+
+    name: BoardName
+    program: str = "qemu-system-x86_64"
+    package: str = "qemu-system-x86"
+    """The Debian package that brings the program."""
+    architecture: Architecture = "amd64"
+    cpu: str = "max"
+    """What TCG emulates."""
+    console: str = "ttyS0"
+    agent: str = "ttyS1"
+    """The guest's name of the serial port of the lab's agent."""
+    agent_port: tuple[str, ...] = ("-serial", "chardev:lab-agent")
+    mmio_base: int = 0
+    """Where the registers of its first virtio-mmio transport are; 0 where it has none."""
+    has_pci: bool = True
+
+    def mmio_address(self, slot: int) -> int:
+        """Return the guest-physical address of the registers of virtio-mmio transport `slot`."""
+        return self.mmio_base + slot * 0x200
+
+
+BOARDS: Final[dict[str, Board]] = {
+    board.name: board
+    for board in (
+        Board(name="q35"),
+        # hw/i386/microvm.c, include/hw/i386/microvm.h: VIRTIO_MMIO_BASE; one serial port of its own
+        Board(
+            name="microvm",
+            agent_port=("-device", "isa-serial,chardev=lab-agent"),
+            mmio_base=0xFEB00000,
+            has_pci=False,
+        ),
+        # hw/arm/virt.c: base_memmap[VIRT_MMIO]; its one UART is the console's
+        Board(
+            name="virt",
+            program="qemu-system-aarch64",
+            package="qemu-system-arm",
+            architecture="arm64",
+            cpu="cortex-a57",
+            console="ttyAMA0",
+            agent="ttyS0",
+            agent_port=("-device", "pci-serial,chardev=lab-agent,addr=0x1f"),
+            mmio_base=0x0A000000,
+        ),
+    )
+}
