@@ -37,6 +37,15 @@ def watch(
         str,
         typer.Option("--interval", metavar="T", help="Between two looks while all is well."),
     ] = "100ms",
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="[ADDR:]PORT",
+            help="Serve metrics for Prometheus there; on 127.0.0.1 if no address is given.",
+            show_default=False,
+        ),
+    ] = None,
     journal: JournalOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -48,6 +57,7 @@ def watch(
     kickcall watch
     kickcall watch vm0 vm1 --heal
     kickcall watch --heal --dry-run --json
+    kickcall watch --heal --metrics 9478
     """
     from kickcall.errors import UsageError
     from kickcall.watch.book import Book
@@ -71,7 +81,15 @@ def watch(
     daemon = Daemon(machines or [], Settings(interval_s=seconds), healer, tell)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop())
+    server = None
     try:
+        if metrics is not None:
+            from kickcall.watch.metrics import MetricsServer, address_of
+
+            server = MetricsServer(daemon, address_of(metrics))
+            daemon.tell(
+                Happening(What.METRICS, f"metrics at {server.url}", more={"url": server.url})
+            )
         try:
             healer.remember()
         except JournalError as exc:
@@ -83,6 +101,8 @@ def watch(
         # Whoever read what happens is gone; nothing more can be said, at exit neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     finally:
+        if server is not None:
+            server.close()
         book.close()
 
 

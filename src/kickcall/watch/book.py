@@ -53,6 +53,11 @@ class Book:
         self.me = (os.getpid(), start_time(os.getpid()) or 0)
         self._who = Who(os.geteuid(), os.getpid(), COMMAND)
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last that was to be written could not be."""
+        return self._failing
+
     # --- in the journal's thread ---
 
     def _opened(self) -> Journal:

@@ -45,8 +45,8 @@ class Daemon:
         self._onlooker = onlooker
         self._finder = Finder(wanted)
         self._settings = settings
-        self._healer = healer
-        self._tell = tell
+        self.healer = healer
+        self._tell_on = tell
         self._inbox: queue.SimpleQueue[Happening | WatchedMachine | None] = queue.SimpleQueue()
         self._stopping = False
         self._blind = ""
@@ -56,6 +56,11 @@ class Daemon:
         self._busy: set[WatchedMachine] = set()
         self._due: list[tuple[float, int, WatchedMachine]] = []
         self._order = itertools.count()
+
+    @property
+    def machines(self) -> list[WatchedMachine]:
+        """The machines that run now; may be asked for in any thread."""
+        return list(self._machines.values())
 
     def tell(self, happening: Happening) -> None:
         """Have something told, from any thread."""
@@ -88,6 +93,10 @@ class Daemon:
                     if isinstance(item := self._inbox.get(), Happening):
                         self._tell(item)
 
+    def _tell(self, happening: Happening) -> None:
+        self.healer.tally.happened(happening)
+        self._tell_on(happening)
+
     def _scan(self) -> None:
         try:
             found = {(one.pid, one.start_time): one for one in self._finder.scan()}
@@ -116,8 +125,11 @@ class Daemon:
             if machine in self._gone:
                 self._close(machine)
                 continue
+            started, looks = time.monotonic(), machine.state == "watched"
             try:
                 wants_work = machine.look()
+                if looks:
+                    self.healer.tally.looked(time.monotonic() - started)
             except MachineGoneError:
                 self._end(machine)
                 self._close(machine)

@@ -27,12 +27,13 @@ from kickcall.watch.policy import (
     settle,
     withdraw,
 )
+from kickcall.watch.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
-    from kickcall.model import Injection, Machine, Verdict
+    from kickcall.model import DeviceEvent, Injection, Machine, Verdict
     from kickcall.vmm.session import MappedDevice, VmmSession
     from kickcall.watch.book import Book
     from kickcall.watch.rows import InjectionRow, StallRow
@@ -50,9 +51,17 @@ class Healer:
         self.dry_run = dry_run
         self.rules = rules
         self.book = book
+        self.tally = Tally()
         self._state = State()
         self._lock = threading.Lock()
         self._orphans: dict[Queue, StallRow] = {}
+
+    @property
+    def mode(self) -> str:
+        """What it does: `on`, `dry-run` or `off`."""
+        if not self.enabled:
+            return "off"
+        return "dry-run" if self.dry_run else "on"
 
     def remember(self) -> None:
         """Take over what the journal knows of the time before: what was injected, what lasts.
@@ -95,13 +104,16 @@ class Healer:
                 self._state = inject(self._state, self.rules, which, now)
         return decision
 
-    def settle(self, which: Queue, helped: bool | None) -> None:
+    def settle(self, which: Queue, event: DeviceEvent, helped: bool | None) -> None:
         """Take note of whether an injection helped."""
+        outcomes = {True: "helped", False: "refuted", None: "unknown"}
+        self.tally.injected(event, outcomes[helped])
         with self._lock:
             self._state = settle(self._state, self.rules, which, helped, time.monotonic())
 
-    def withdraw(self, which: Queue) -> None:
+    def withdraw(self, which: Queue, event: DeviceEvent) -> None:
         """Take note that an injection was not written."""
+        self.tally.injected(event, "refused")
         with self._lock:
             self._state = withdraw(self._state, which)
 

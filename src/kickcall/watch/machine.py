@@ -98,6 +98,8 @@ class WatchedMachine:
         """Queues that a look in `work` found moved, or waiting: the next `look` considers them."""
         self._ask_at: dict[int, tuple[float, float]] = {}
         """When the monitor is asked about a queue next, and how long that was put off."""
+        self._waiting_since: dict[tuple[str, int], float] = {}
+        """Since when whose turn it is at a queue has not moved; without those where nobody's is."""
         self._stalls = Stalls(machine, healer, tell, settings.report_s)
         self._treatment = Treatment(machine, healer, self._stalls)
 
@@ -110,6 +112,34 @@ class WatchedMachine:
     def queues(self) -> int:
         """How many queues are watched."""
         return 0 if self._sampler is None else len(self._sampler.queues)
+
+    # --- for whoever asks, in any thread ---
+
+    @property
+    def state(self) -> str:
+        """How it is watched: `watched`, `paused` or `not-watched`."""
+        if self._sampler is None:
+            return "not-watched"
+        return "paused" if self._paused else "watched"
+
+    @property
+    def stalls(self) -> list[VerdictKind]:
+        """What is wrong with the queues that are stalled."""
+        return self._stalls.lasting
+
+    def waits(self, now: float) -> list[tuple[str, int, float]]:
+        """Return each queue's device, number, and the seconds that its oldest request has waited.
+
+        At least so long: who is to answer has not moved since. 0 where nothing waits.
+        """
+        sampler = self._sampler
+        if sampler is None or self._paused:
+            return []
+        since = dict(self._waiting_since)
+        return [
+            (fixed.device, fixed.queue, max(0.0, now - since.get((fixed.device, fixed.queue), now)))
+            for fixed in sampler.queues
+        ]
 
     @property
     def doubtful(self) -> Container[int]:
@@ -163,8 +193,14 @@ class WatchedMachine:
         for number in sorted(active):
             fixed, track = sampler.queues[number], watch.track(number)
             if track.now.unreadable:
+                self._waiting_since.pop((fixed.device, fixed.queue), None)
                 continue
             view = View(fixed, track, None, limits)
+            still = view.hesitates_s
+            if still:
+                self._waiting_since[fixed.device, fixed.queue] = track.now.at - still
+            else:
+                self._waiting_since.pop((fixed.device, fixed.queue), None)
             rule = decide(view)
             if wants_slow_facts(rule):
                 at, _ = self._ask_at.setdefault(number, (now, 0.0))
@@ -177,7 +213,6 @@ class WatchedMachine:
                 continue
             self._ask_at.pop(number, None)
             self._clear(number, "it moved")
-            still = view.hesitates_s
             if limits.notification_s / 2 <= still < limits.notification_s:
                 ready_at = now + limits.notification_s - still + _LATE_S
                 wanted_at = min(wanted_at, max(ready_at, now + _HELP_LOOK_S))
@@ -342,6 +377,9 @@ class WatchedMachine:
                 there.add(key)
         self._stalls.end_all("the queue was set up anew, or went", but=there)
         self._show_map()
+        self._waiting_since = {
+            key: since for key, since in self._waiting_since.items() if key in there
+        }
         self._stale = bool(sampler.stale)
         if self._stale:
             self._survey_at = time.monotonic() + self._remap_s
@@ -413,6 +451,7 @@ class WatchedMachine:
             self._attached.close()
         self._sampler = self._watch = self._attached = None
         self._ask_at.clear()
+        self._waiting_since.clear()
         self._suspects = []
         self._seen_at_work.clear()
         self._stale = self._paused = False

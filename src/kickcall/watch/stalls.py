@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from kickcall.model import Machine, Verdict
+    from kickcall.model import Machine, Verdict, VerdictKind
     from kickcall.watch.happenings import Happening
     from kickcall.watch.healer import Healer
 
@@ -49,6 +49,11 @@ class Stalls:
         self._tell = tell
         self._report_s = report_s
         self._lasting: dict[Key, Stall] = {}
+
+    @property
+    def lasting(self) -> list[VerdictKind]:
+        """What is wrong with the queues that are stalled; may be asked for in any thread."""
+        return [stall.verdict.verdict for stall in list(self._lasting.values())]
 
     def report(self, verdict: Verdict) -> Stall:
         """Tell a stall and put it down, unless that was done already; return it."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kickcall.diagnose.states import Sample, SlowFacts
     from kickcall.diagnosis import Watch
-    from kickcall.model import Machine, Verdict
+    from kickcall.model import DeviceEvent, Machine, Verdict
     from kickcall.vmm.session import VmmSession
     from kickcall.watch.healer import Healer
     from kickcall.watch.stalls import Stalls
@@ -48,6 +48,7 @@ class _Injected:
 
     number: int
     at: float
+    event: DeviceEvent
     side: tuple[object, ...]
     verdict: Verdict
 
@@ -98,7 +99,8 @@ class Treatment:
         return self._inject(number, verdict, watch, session)
 
     def _inject(self, number: int, verdict: Verdict, watch: Watch, session: VmmSession) -> Treated:
-        which = self._which(verdict)
+        assert verdict.event is not None
+        which, event = self._which(verdict), verdict.event
         side = _side(watch.track(number).now, verdict)
         stall = self._stalls.report(verdict)
         seen: set[int] = set()
@@ -115,15 +117,15 @@ class Treatment:
             raise
         except MonitorError as exc:
             # It may have been written all the same.
-            self._healer.settle(which, None)
+            self._healer.settle(which, event, None)
             self._stalls.not_healed(verdict, str(exc))
             return Treated(seen=frozenset(seen))
         except KickcallError as exc:
-            self._healer.withdraw(which)
+            self._healer.withdraw(which, event)
             self._stalls.not_healed(verdict, str(exc))
             return Treated(map_is_wrong=isinstance(exc, MapError), seen=frozenset(seen))
-        self._injected[number] = _Injected(intent, time.monotonic(), side, verdict)
-        text = f"{verdict.event} injected via {result.via}: {result.target}"
+        self._injected[number] = _Injected(intent, time.monotonic(), event, side, verdict)
+        text = f"{event} injected via {result.via}: {result.target}"
         self._stalls.say(What.INJECTED, verdict, text, via=str(result.via), injection=intent)
         return Treated(injected=True, seen=frozenset(seen))
 
@@ -142,21 +144,20 @@ class Treatment:
             else:
                 continue
             del self._injected[number]
-            self._healer.settle(self._which(one.verdict), helped)
+            self._healer.settle(self._which(one.verdict), one.event, helped)
             self._healer.book.watched(one.number, helped)
             more = {"after_s": round(now - one.at, 4), "injection": one.number}
-            event = one.verdict.event
             if helped:
-                self._stalls.say(What.HELPED, one.verdict, f"the {event} helped", **more)
+                self._stalls.say(What.HELPED, one.verdict, f"the {one.event} helped", **more)
             else:
-                self._stalls.say(What.REFUTED, one.verdict, f"the {event} did not help", **more)
-            known[number] = f"healed by a {event}" if helped else ""
+                self._stalls.say(What.REFUTED, one.verdict, f"the {one.event} did not help", **more)
+            known[number] = f"healed by a {one.event}" if helped else ""
         return known
 
     def forget(self) -> None:
         """Take note that of no injection it will be known whether it helped."""
         for one in self._injected.values():
-            self._healer.settle(self._which(one.verdict), None)
+            self._healer.settle(self._which(one.verdict), one.event, None)
             self._healer.book.watched(one.number, None)
         self._injected.clear()
 
