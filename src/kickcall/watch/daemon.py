@@ -111,7 +111,7 @@ class Daemon:
         for key, machine in found.items():
             if key not in self._machines:
                 watched = WatchedMachine(
-                    machine, self._settings, self._healer, self.tell, self._onlooker
+                    machine, self._settings, self.healer, self.tell, self._onlooker
                 )
                 self._machines[key] = watched
                 self._schedule(watched)
