@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
-from kickcall.devices.base import device_class, parse_event
+from kickcall.devices.base import device_class, offers, parse_event
 from kickcall.errors import DeviceNotFoundError, KickcallError, UsageError
 from kickcall.model import DeviceEvent, Via
 from kickcall.vmm import observe
@@ -20,10 +20,20 @@ if TYPE_CHECKING:
     from kickcall.devices.base import Witness
     from kickcall.diagnose.states import Thresholds
     from kickcall.host.kernel.program import Kernel
-    from kickcall.model import Device, Injection, Machine, QueueMap, QueueState, Verdict
+    from kickcall.model import (
+        Device,
+        EventOffer,
+        Injection,
+        Machine,
+        PciDevice,
+        QueueMap,
+        QueueState,
+        Verdict,
+    )
     from kickcall.vmm.kernel_view import QueueInKernel
     from kickcall.vmm.monitor import BorrowMonitor
     from kickcall.vmm.recorder import Recording
+    from kickcall.vmm.pci_devices import MappedPci
     from kickcall.vmm.session import MappedDevice
     from kickcall.vmm.verify import Check
 
@@ -82,13 +92,39 @@ class AttachedMachine:
 
         Raises DeviceNotFoundError.
         """
+        mapped = self._virtio(name)
+        if mapped is None:
+            known = ", ".join(one.device.id for one in self._session.devices) or "none"
+            raise DeviceNotFoundError(
+                f"{self.info.name} has no virtio device {name!r}; it has: {known}"
+            )
+        return AttachedDevice(self._session, mapped)
+
+    def pci_devices(self) -> tuple[AttachedPciDevice, ...]:
+        """Return every PCI device that is no virtio device, by QOM path. Asks the monitor."""
+        found = self._session.pci_devices()
+        return tuple(AttachedPciDevice(self._session, mapped) for mapped in found)
+
+    def pci_device(self, name: str) -> AttachedPciDevice:
+        """Return the PCI device with that id or QOM path. Raises DeviceNotFoundError."""
+        return AttachedPciDevice(self._session, self._pci(name))
+
+    def _virtio(self, name: str) -> MappedDevice | None:
         path = name.removesuffix("/virtio-backend")
         for mapped in self._session.devices:
             if path in (mapped.device.path, mapped.device.id):
-                return AttachedDevice(self._session, mapped)
-        known = ", ".join(mapped.device.id for mapped in self._session.devices) or "none"
+                return mapped
+        return None
+
+    def _pci(self, name: str) -> MappedPci:
+        found = self._session.pci_devices()
+        for mapped in found:
+            if name in (mapped.device.path, mapped.device.id):
+                return mapped
+        ids = [one.device.id for one in self._session.devices]
+        ids += [one.device.id for one in found]
         raise DeviceNotFoundError(
-            f"{self.info.name} has no virtio device {name!r}; it has: {known}"
+            f"{self.info.name} has no virtio or PCI device {name!r}; it has: {', '.join(ids)}"
         )
 
     def device_event(
@@ -104,7 +140,7 @@ class AttachedMachine:
         tell: Callable[[str], None] | None = None,
         witness: Witness | None = None,
     ) -> Injection:
-        """Raise `event` on a queue of a device: the RFC's command, as a function.
+        """Raise `event` on a queue of a virtio or PCI device: the RFC's command, as a function.
 
         `via` forces a way; `dry_run` checks and writes nothing; `watch_s` is how many seconds the
         queue is watched before the counters "after" are read. With `allow_pause` the machine may be
@@ -112,10 +148,16 @@ class AttachedMachine:
         told before and after (kickcall.watch.witness writes it to the journal, which this does not
         do by itself). Raises KickcallError and its kin; then nothing was written.
         """
-        attached = self.device(dev)
-        return attached.queue(queue).raise_event(
-            event,
-            via=via,
+        virtio = self._virtio(dev)
+        kind = (
+            device_class(self._session, self._pci(dev))
+            if virtio is None
+            else device_class(self._session, virtio)
+        )
+        return kind.device_event(
+            parse_event(event),
+            queue,
+            via=_parse_via(via),
             dry_run=dry_run,
             watch_s=watch_s,
             allow_pause=allow_pause,
@@ -248,6 +290,71 @@ class AttachedDevice:
             for index, element in enumerate(self._mapped.array.elements)
             if element.rings.desc and self._mapped.device.driver_ok
         )
+
+    def events(self) -> tuple[EventOffer, ...]:
+        """Return which events can be raised now, queue by queue, and in which way."""
+        return offers(device_class(self._session, self._mapped))
+
+
+class AttachedPciDevice:
+    """A device of an attached machine that has registers and interrupts, and no virtqueues."""
+
+    def __init__(self, session: VmmSession, mapped: MappedPci) -> None:
+        self._session = session
+        self._mapped = mapped
+
+    @property
+    def info(self) -> PciDevice:
+        """Which device it is."""
+        return self._mapped.device
+
+    @property
+    def kind(self) -> str:
+        """The name of the DeviceClass that serves the device."""
+        return device_class(self._session, self._mapped).name
+
+    def queues(self) -> dict[int, str]:
+        """Return what events can be raised on, by number: what each is says its DeviceClass."""
+        return device_class(self._session, self._mapped).queues()
+
+    def events(self) -> tuple[EventOffer, ...]:
+        """Return which events can be raised now, queue by queue, and in which way."""
+        return offers(device_class(self._session, self._mapped))
+
+    def kick(self, queue: int, *, dry_run: bool = False, allow_pause: bool = False) -> Injection:
+        """Kick the device: it looks at that queue. See `AttachedMachine.device_event`."""
+        return self.raise_event(DeviceEvent.KICK, queue, dry_run=dry_run, allow_pause=allow_pause)
+
+    def call(self, queue: int, *, dry_run: bool = False, allow_pause: bool = False) -> Injection:
+        """Call the driver for that queue. See `AttachedMachine.device_event`."""
+        return self.raise_event(DeviceEvent.CALL, queue, dry_run=dry_run, allow_pause=allow_pause)
+
+    def raise_event(
+        self,
+        event: DeviceEvent | str,
+        queue: int,
+        *,
+        via: Via | str | None = None,
+        dry_run: bool = False,
+        watch_s: float = 0.0,
+        allow_pause: bool = False,
+        tell: Callable[[str], None] | None = None,
+        witness: Witness | None = None,
+    ) -> Injection:
+        """Raise `event` on that queue. See `AttachedMachine.device_event`."""
+        kind = device_class(self._session, self._mapped)
+        result = kind.device_event(
+            parse_event(event),
+            queue,
+            via=_parse_via(via),
+            dry_run=dry_run,
+            watch_s=watch_s,
+            allow_pause=allow_pause,
+            tell=tell,
+            witness=witness,
+        )
+        self._mapped = kind.mapped
+        return result
 
 
 class AttachedQueue:

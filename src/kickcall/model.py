@@ -132,7 +132,7 @@ class QueueMap:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Something in the machine with queues."""
+    """A virtio device: something in the machine with virtqueues."""
 
     path: str
     """QOM path, as `/machine/peripheral/vscsi0`."""
@@ -163,10 +163,41 @@ class Device:
     @property
     def id(self) -> str:
         """The id the user gave the device, or the last parts of its QOM path."""
-        prefix = "/machine/peripheral/"
-        if self.path.startswith(prefix):
-            return self.path[len(prefix) :].split("/", 1)[0]
-        return self.path.removeprefix("/machine/")
+        return _id(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class PciDevice:
+    """A PCI device that is no virtio device: it has registers and interrupts, and no virtqueues."""
+
+    path: str
+    """QOM path, as `/machine/peripheral/nic0`."""
+    kind: str
+    """QOM type, as `e1000e`."""
+    bus: int
+    slot: int
+    function: int
+
+    @property
+    def address(self) -> str:
+        """Its place on the guest's PCI, as `00:03.0`."""
+        return f"{self.bus:02x}:{self.slot:02x}.{self.function}"
+
+    @property
+    def id(self) -> str:
+        """The id the user gave the device, or the last parts of its QOM path."""
+        return _id(self.path)
+
+
+AnyDevice = Device | PciDevice
+"""Something in the machine that can take an event."""
+
+
+def _id(path: str) -> str:
+    prefix = "/machine/peripheral/"
+    if path.startswith(prefix):
+        return path[len(prefix) :].split("/", 1)[0]
+    return path.removeprefix("/machine/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +230,7 @@ class QueueState:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """The three numbers an injection is judged by."""
+    """The three numbers an injection is judged by. None: unknown, or the device has no such thing."""
 
     count: int | None
     avail_idx: int | None
@@ -218,8 +249,8 @@ class Injection:
     eventfd_id: int | None
     before: Counters
     after: Counters
-    layout: Layout = Layout.SPLIT
-    """What the indices in the counters mean: see QueueState."""
+    layout: Layout | None = Layout.SPLIT
+    """What the indices in the counters mean: see QueueState. None: the device has no virtqueues."""
     dry_run: bool = False
     target: str = ""
     """What was written to, in words: `eventfd 1234 (fd 27)`, `I/O port 0xc010`."""
@@ -242,6 +273,20 @@ class Signaller(enum.StrEnum):
     KERNEL = "kernel"
     """The kernel itself, as in an interrupt: the thread is the one that was interrupted."""
     UNKNOWN = "unknown"
+@dataclass(frozen=True, slots=True)
+class EventOffer:
+    """Whether an event can be raised on a queue of a device now."""
+
+    queue: int
+    name: str
+    """What the queue is, in words; empty for a virtqueue."""
+    event: DeviceEvent
+    via: Via | None
+    """The way that would be taken where a pause is allowed; None: it cannot be raised."""
+    reason: str
+    """Why it cannot be raised; empty where it can."""
+
+
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,14 @@ def test_vms(zoo: LabMachine) -> None:
 
 def test_show_for_programs(zoo: LabMachine) -> None:
     said = told("show", zoo.name)
-    assert set(said) == {"machine", "pid", "version", "run_state", "devices"}
+    assert set(said) == {
+        "machine",
+        "pid",
+        "version",
+        "run_state",
+        "devices",
+        "pci_devices",
+    }
     assert (said["machine"], said["pid"], said["run_state"]) == (zoo.name, zoo.pid, "running")
     devices = {device["id"]: device for device in said["devices"]}
     assert set(devices) == {device.id for device in zoo.spec.devices}
@@ -84,8 +91,12 @@ def test_show_for_programs(zoo: LabMachine) -> None:
             "event_idx",
             "refusal",
             "queues",
+            "events",
         }
         assert device["refusal"] is None
+        for event in device["events"]:
+            assert set(event) == {"queue", "name", "event", "via", "reason"}
+            assert (event["via"] is None) == (event["reason"] is not None)
         for queue in device["queues"]:
             assert set(queue) == {
                 "device",

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kickcall.devices.base import Offer
-    from kickcall.model import Injection, Machine
+    from kickcall.model import AnyDevice, Injection, Machine
     from kickcall.vmm.session import MappedDevice, VmmSession
 
 KICK, CALL = DeviceEvent.KICK, DeviceEvent.CALL
@@ -73,7 +73,6 @@ class PlayedMachine:
             SimpleNamespace(
                 machine=SimpleNamespace(name="vm0"),
                 check_running=lambda monitor=None: self.step("running"),
-                verify=lambda mapped, queue, event: self.step("verify"),
             ),
         )
 
@@ -97,24 +96,35 @@ class PlayedMachine:
 
     def way(self) -> Way:
         self.log.append("ready")
-        return Way("a made-up target", self.write, self.counters, eventfd_id=42)
+        return Way(
+            "a made-up target",
+            self.write,
+            self.counters,
+            eventfd_id=42,
+            check=lambda: self.step("verify"),
+            layout=Layout.SPLIT,
+        )
 
 
-class MadeUp(DeviceClass):
+class MadeUp(DeviceClass[Any]):
     """Has the ways that a test gives it."""
 
     name: ClassVar[str] = "made up"
     offers: ClassVar[dict[Via, Offer]] = {}
 
     @classmethod
-    def claims(cls, device: Device) -> bool:
+    def claims(cls, device: AnyDevice) -> bool:
         return True
 
-    def ways(self, event: DeviceEvent, queue: QueueMap) -> dict[Via, Offer]:
+    def queues(self) -> dict[int, str]:
+        return {0: "receive", 1: "transmit"}
+
+    def ways(self, event: DeviceEvent, queue: int) -> dict[Via, Offer]:
+        self.mapped.queue_map(queue)
         return self.offers
 
 
-def made_up(machine: PlayedMachine, offers: dict[Via, Offer] | None = None) -> DeviceClass:
+def made_up(machine: PlayedMachine, offers: dict[Via, Offer] | None = None) -> DeviceClass[Any]:
     kind = type("OfTest", (MadeUp,), {"offers": offers or {Via.EVENTFD: machine.way}})
     made = kind(machine.session, machine.mapped)
     assert isinstance(made, DeviceClass)
@@ -208,14 +218,26 @@ def test_where_no_way_applies_every_reason_is_told() -> None:
 @pytest.mark.parametrize("event", DeviceEvent)
 def test_a_virtio_device_is_asked_by_the_vmms_own_command_first(event: DeviceEvent) -> None:
     session = cast("VmmSession", SimpleNamespace(monitor_is_ours=False))
-    mapped, queue = PlayedMachine().mapped, PlayedMachine().queue(0)
-    assert list(virtio_ways(session, mapped, queue, event)) == list(Via)
+    assert list(virtio_ways(session, PlayedMachine().mapped, 0, event)) == list(Via)
 
 
 def test_kickcalls_own_socket_is_the_last_way_not_the_first() -> None:
     session = cast("VmmSession", SimpleNamespace(monitor_is_ours=True))
-    mapped, queue = PlayedMachine().mapped, PlayedMachine().queue(0)
-    assert list(virtio_ways(session, mapped, queue, KICK))[-1] is Via.QMP
+    assert list(virtio_ways(session, PlayedMachine().mapped, 0, KICK))[-1] is Via.QMP
+
+
+def test_what_can_be_raised_now_is_told_queue_by_queue_with_the_reason_where_not() -> None:
+    machine = PausingMachine()
+    told = base.offers(made_up(machine, {Via.QMP: lambda: "no", Via.MMIO: machine.pausing_way}))
+    assert [(one.queue, one.name, one.event, one.via) for one in told] == [
+        (queue, name, event, Via.MMIO)
+        for queue, name in ((0, "receive"), (1, "transmit"))
+        for event in DeviceEvent
+    ]
+    refused = base.offers(made_up(machine, {Via.QMP: lambda: "no such command"}))
+    assert {one.via for one in refused} == {None}
+    assert "no such command" in refused[0].reason
+    assert "write" not in machine.log
 
 
 # the registry
@@ -254,7 +276,7 @@ def entry(name: str, loaded: object) -> SimpleNamespace:
     ],
 )
 def test_the_installed_classes_share_all_devices_among_them(
-    backend: BackendKind, kind: type[DeviceClass]
+    backend: BackendKind, kind: type[DeviceClass[Any]]
 ) -> None:
     registry.cache_clear()
     claiming = [one for one in registry() if one.claims(device(backend))]
@@ -318,7 +340,7 @@ class PausingMachine(PlayedMachine):
         self.mapped_anew = SimpleNamespace(device=device(), queue_map=self.queue)
         for name, what in (
             ("refresh", lambda: self.step("refresh")),
-            ("device_at", lambda path: self.mapped_anew),
+            ("again", lambda mapped: self.mapped_anew),
         ):
             setattr(self.session, name, what)
 
@@ -327,7 +349,7 @@ class PausingMachine(PlayedMachine):
             self.write()
             return 2.5
 
-        return Way("a register", write, self.counters)
+        return Way("a register", write, self.counters, check=lambda: self.step("verify"))
 
     def offers(self, neutral: Offer) -> dict[Via, Offer]:
         return {Via.EVENTFD: neutral, Via.MMIO: self.pausing_way}

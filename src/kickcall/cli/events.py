@@ -122,12 +122,16 @@ def _tell(result: Injection) -> None:
     where = f"queue {result.queue} of {plain(result.device)} on {plain(result.machine)}"
     if result.dry_run:
         typer.echo(f"would {result.event} {where} via {result.via}: {result.target}")
-        typer.echo(f"  now     {_counters(result, result.before)}")
+        if result.layout is not None:
+            typer.echo(f"  now     {_counters(result, result.before)}")
         return
     done = "kicked" if result.event is DeviceEvent.KICK else "called"
     typer.echo(f"{done} {where} via {result.via}: {result.target}")
     if result.pause_ms is not None:
         typer.echo(f"  paused  {result.pause_ms:.1f} ms")
+    if result.layout is None:
+        typer.echo("  it has no virtqueue: only the guest can tell what became of it")
+        return
     typer.echo(f"  before  {_counters(result, result.before)}")
     typer.echo(f"  after   {_counters(result, result.after)}  ({WATCH_S * 1000:.0f} ms later)")
     typer.echo(f"  {_meaning(result)}")

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kickcall.cli.arguments import JsonOption, MachineArgument, OptionalDevice
+from kickcall.cli.offers import events_json, events_of, print_events, print_pci_device
 from kickcall.cli.output import index_text, plain, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kickcall.attached import AttachedDevice, AttachedMachine
-    from kickcall.model import NotifierState, QueueState
+    from kickcall.attached import AttachedDevice, AttachedMachine, AttachedPciDevice
+    from kickcall.model import EventOffer, NotifierState, QueueState
+
+    _PciShown = tuple[AttachedPciDevice, tuple[EventOffer, ...] | None, str]
 
 
 def vms(context: typer.Context, json: JsonOption = False) -> None:
@@ -39,6 +42,8 @@ def vms(context: typer.Context, json: JsonOption = False) -> None:
                 "name": machine.name,
                 "version": machine.version,
                 "monitors": [address.path for address in machine.monitors],
+                "domain": machine.domain and machine.domain.name,
+                "vmid": machine.number or None,
                 "served_at": served[machine.pid],
             }
             for machine in found
@@ -51,6 +56,8 @@ def vms(context: typer.Context, json: JsonOption = False) -> None:
     rows = []
     for machine in found:
         monitors = [address.path for address in machine.monitors]
+        if machine.domain is not None:
+            monitors.append(f"libvirt:{machine.domain.name}")
         if served[machine.pid] is not None:
             monitors.append(f"{served[machine.pid]} (kickcall qmp)")
         rows.append(
@@ -79,11 +86,12 @@ def show(
     device: OptionalDevice = None,
     json: JsonOption = False,
 ) -> None:
-    """Show where each queue stands: what the driver published and the device completed.
+    """Show every device that can take an event, and where each virtqueue stands.
 
     \b
     kickcall show vm0
     kickcall show vm0 vscsi0
+    kickcall show vm0 nic0
     kickcall show qmp:/run/vm0.qmp vscsi0 --json
     kickcall --vmcore /var/crash/vmcore show vm0
     """
@@ -94,22 +102,46 @@ def show(
         vmcore.show(crashed, machine, device, json)
         return
     with attach(machine) as attached:
-        devices = [
-            (one, [queue.state() for queue in one.queues()]) for one in _chosen(attached, device)
-        ]
+        virtio, pci = _shown(attached, device)
+        states = [[queue.state() for queue in one.queues()] for one in virtio]
         if json:
-            print_json(_show_json(attached, devices))
+            print_json(_show_json(attached, list(zip(virtio, states, strict=True)), pci))
             return
         info = attached.info
         typer.echo(
             f"{plain(info.name)}  pid {info.pid}  QEMU {plain(info.version)}  {attached.run_state}"
         )
-        for one, states in devices:
-            _print_device(one, states)
+        for each, of_queues in zip(virtio, states, strict=True):
+            _print_device(each, of_queues)
+        for other, offers, refusal in pci:
+            print_pci_device(other, offers, refusal)
+
+
+def _shown(
+    attached: AttachedMachine, name: str | None
+) -> tuple[tuple[AttachedDevice, ...], list[_PciShown]]:
+    """Return the virtio devices to show, and the PCI devices that can take an event.
+
+    One that is asked for by name is shown in any case.
+    """
+    from kickcall.errors import DeviceNotFoundError
+
+    pci: tuple[AttachedPciDevice, ...]
+    if name is None:
+        virtio, pci = attached.devices(), attached.pci_devices()
+    else:
+        try:
+            virtio, pci = (attached.device(name),), ()
+        except DeviceNotFoundError:
+            virtio, pci = (), (attached.pci_device(name),)
+    shown = [(one, *events_of(one)) for one in pci]
+    return virtio, [one for one in shown if name is not None or one[1]]
 
 
 def _show_json(
-    attached: AttachedMachine, devices: list[tuple[AttachedDevice, list[QueueState]]]
+    attached: AttachedMachine,
+    devices: list[tuple[AttachedDevice, list[QueueState]]],
+    pci: list[_PciShown],
 ) -> dict[str, Any]:
     info = attached.info
     return {
@@ -128,8 +160,20 @@ def _show_json(
                 "event_idx": one.info.event_idx,
                 "refusal": one.refusal or None,
                 "queues": states,
+                "events": events_json(events_of(one)[0]),
             }
             for one, states in devices
+        ],
+        "pci_devices": [
+            {
+                "device": one.info.path,
+                "id": one.info.id,
+                "kind": one.info.kind,
+                "address": one.info.address,
+                "events": events_json(offers),
+                "refusal": refusal or None,
+            }
+            for one, offers, refusal in pci
         ],
     }
 
@@ -177,6 +221,7 @@ def _print_device(device: AttachedDevice, states: list[QueueState]) -> None:
     for state in states:
         for note in state.notes:
             typer.echo(f"  queue {state.queue}: {plain(note)}")
+    print_events(*events_of(device))
 
 
 def _wanted(state: QueueState, event: int | None, flags: int | None) -> str | None:

@@ -57,7 +57,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         print(line.rstrip())
 
 
-def index_text(layout: Layout, value: int | None) -> str | None:
+def index_text(layout: Layout | None, value: int | None) -> str | None:
     """Return an index as people read it: a packed position as OFFSET, `w` and wrap counter."""
     if value is None:
         return None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from kickcall.errors import (
     EventNotSupportedError,
@@ -18,14 +18,17 @@ from kickcall.errors import (
     StubError,
     UsageError,
 )
-from kickcall.model import Counters, DeviceEvent, Injection, Via
+from kickcall.model import Counters, DeviceEvent, EventOffer, Injection, Via
 
 if TYPE_CHECKING:
-    from kickcall.model import Device, Machine, QueueMap
+    from kickcall.model import AnyDevice, Layout, Machine
+    from kickcall.vmm.pci_devices import MappedPci
     from kickcall.vmm.session import MappedDevice, VmmSession
 
 ENTRY_POINTS = "kickcall.devices"
 """The group in which a package from outside registers a DeviceClass (packaging: entry points)."""
+M = TypeVar("M", "MappedDevice", "MappedPci")
+"""What a session knows of a device: with virtqueues, or with PCI registers."""
 PAUSES = frozenset({Via.MMIO})
 """The ways that stop the machine for a moment, and so are taken only where that was allowed."""
 
@@ -49,34 +52,51 @@ class Witness(Protocol):
         ...
 
 
-class DeviceClass(ABC):
+class DeviceClass(ABC, Generic[M]):
     """One kind of device. QEMU's RFC has the same name and the same method.
 
-    A subclass says which devices it is for and which ways it has; a way is a function that writes
-    one event (see `kickcall.devices.ways`). Register it in the entry-point group
-    `kickcall.devices`; among the classes that claim a device the one with the highest `priority`
-    serves it.
+    A subclass says which devices it is for, what their queues are, and which ways it has; a way is
+    a function that makes one event ready to be written. Those of virtio devices extend
+    `kickcall.devices.virtio.VirtioClass`, others `kickcall.devices.pci.PciClass`, which have most
+    of it. Register it in the entry-point group `kickcall.devices`; among the classes that claim a
+    device the one with the highest `priority` serves it.
     """
 
     name: ClassVar[str]
     """What messages and `AttachedDevice.kind` call the kind."""
     priority: ClassVar[int] = 0
 
-    def __init__(self, session: VmmSession, mapped: MappedDevice) -> None:
+    def __init__(self, session: VmmSession, mapped: M) -> None:
         self.session = session
-        self.mapped = mapped
+        self.mapped: M = mapped
 
     @classmethod
     @abstractmethod
-    def claims(cls, device: Device) -> bool:
+    def claims(cls, device: AnyDevice) -> bool:
         """Tell whether this class serves `device`."""
 
     @abstractmethod
-    def ways(self, event: DeviceEvent, queue: QueueMap) -> dict[Via, Offer]:
-        """Return the ways to raise `event` on `queue`, best first.
+    def queues(self) -> dict[int, str]:
+        """Return the numbers that an event can be raised on now, and in words what each is.
+
+        A virtqueue needs no words; for other devices a queue is what the kind says it is.
+        """
+
+    @abstractmethod
+    def ways(self, event: DeviceEvent, queue: int) -> dict[Via, Offer]:
+        """Return the ways to raise `event` on queue number `queue`, best first.
 
         Each is a function that makes the way ready, or says in words why it cannot be taken now.
+        Raises QueueNotFoundError, QueueNotReadyError or MapError for a queue that has none.
         """
+
+    def way_now(self, event: DeviceEvent, queue: int) -> Via | str:
+        """Return the way that would be taken now if a pause was allowed, or why there is none."""
+        try:
+            found = self._choose(self.ways(event, queue), None, allow_pause=True)
+        except KickcallError as exc:
+            return str(exc)
+        return found if isinstance(found, str) else found[0]
 
     def device_event(
         self,
@@ -100,9 +120,18 @@ class DeviceClass(ABC):
         Raises KickcallError and its kin, and then nothing was written (but see
         `kickcall.devices.ways` for a monitor that fails to answer).
         """
-        queue_map = self.mapped.queue_map(queue)
+        offered = self.ways(event, queue)
         self.session.check_running()
-        chosen, way = self._choose(event, queue_map, via, allow_pause)
+        if via is not None and via not in offered:
+            raise EventNotSupportedError(
+                f"{self.mapped.device.id}: a device of kind {self.name} has no {via} way to {event}"
+            )
+        found = self._choose(offered, via, allow_pause)
+        if isinstance(found, str):
+            raise EventNotSupportedError(
+                f"cannot {event} queue {queue} of {self.mapped.device.id}: {found}"
+            )
+        chosen, way = found
         pause_ms: float | None = None
 
         def injection(before: Counters, after: Counters) -> Injection:
@@ -115,7 +144,7 @@ class DeviceClass(ABC):
                 eventfd_id=way.eventfd_id,
                 before=before,
                 after=after,
-                layout=queue_map.layout,
+                layout=way.layout,
                 dry_run=dry_run,
                 target=way.target,
                 pause_ms=pause_ms,
@@ -133,7 +162,7 @@ class DeviceClass(ABC):
             witness.before(self.session.machine, injection(now, now))
         with _witnessed(witness):
             # The cheap facts are checked last before the write; nothing slow may come in between.
-            self.session.verify(self.mapped, queue_map, event)
+            way.check()
             before = after = way.counters()
             if not dry_run:
                 pause_ms = way.write()
@@ -152,21 +181,14 @@ class DeviceClass(ABC):
         """Map the machine anew: a pause gives its queues other notifiers."""
         with suppress(KickcallError):  # the event was raised; a map that is stale is found to be
             self.session.refresh()
-            self.mapped = self.session.device_at(self.mapped.device.path)
+            self.mapped = self.session.again(self.mapped)
 
     def _choose(
-        self, event: DeviceEvent, queue: QueueMap, via: Via | None, allow_pause: bool
-    ) -> tuple[Via, Way]:
-        offered = self.ways(event, queue)
-        device = self.mapped.device
-        if via is not None:
-            if via not in offered:
-                raise EventNotSupportedError(
-                    f"{device.id}: a device of kind {self.name} has no {via} way to {event}"
-                )
-            offered = {via: offered[via]}
+        self, offered: dict[Via, Offer], via: Via | None, allow_pause: bool
+    ) -> tuple[Via, Way] | str:
+        """Return the first way that applies, or why none does."""
         reasons = []
-        for candidate, offer in offered.items():
+        for candidate, offer in offered.items() if via is None else [(via, offered[via])]:
             if candidate in PAUSES and not (allow_pause or via is candidate):
                 reasons.append(
                     f"{candidate}: it pauses the machine for milliseconds, which nobody allowed "
@@ -177,16 +199,15 @@ class DeviceClass(ABC):
             if isinstance(way, Way):
                 return candidate, way
             reasons.append(f"{candidate}: {way}")
-        raise EventNotSupportedError(
-            f"cannot {event} queue {queue.index} of {device.id}: "
-            + ("; ".join(reasons) or f"it has no event {event}")
-        )
+        return "; ".join(reasons) or f"a device of kind {self.name} has no such event"
 
 
 class Way:
     """One event that is ready to be written, and how its effect is read.
 
-    `write` returns for how many milliseconds it paused the machine; None where that ran on.
+    `check` is what is asked last before the write: it raises where the event would not reach what
+    was mapped, and is fast. `write` returns for how many milliseconds it paused the machine; None
+    where that ran on. `layout` tells what the indices among the counters mean.
     """
 
     def __init__(
@@ -195,11 +216,16 @@ class Way:
         write: Callable[[], float | None],
         counters: Callable[[], Counters],
         eventfd_id: int | None = None,
+        *,
+        check: Callable[[], None],
+        layout: Layout | None = None,
     ) -> None:
         self.target = target
         self.write = write
         self.counters = counters
         self.eventfd_id = eventfd_id
+        self.check = check
+        self.layout = layout
 
 
 @contextmanager
@@ -230,7 +256,7 @@ Offer = Callable[[], Way | str]
 
 
 @cache
-def registry() -> tuple[type[DeviceClass], ...]:
+def registry() -> tuple[type[DeviceClass[Any]], ...]:
     """Return every DeviceClass that is installed, the one to ask first in front.
 
     Raises KickcallError naming the entry point that cannot be loaded.
@@ -249,7 +275,7 @@ def registry() -> tuple[type[DeviceClass], ...]:
     return tuple(sorted(found, key=lambda kind: (-kind.priority, kind.__name__)))
 
 
-def device_class(session: VmmSession, mapped: MappedDevice) -> DeviceClass:
+def device_class(session: VmmSession, mapped: M) -> DeviceClass[M]:
     """Return the class that serves `mapped`. Raises EventNotSupportedError where none does."""
     for kind in registry():
         if kind.claims(mapped.device):
@@ -257,6 +283,17 @@ def device_class(session: VmmSession, mapped: MappedDevice) -> DeviceClass:
     raise EventNotSupportedError(
         f"{mapped.device.id}: no device class for {mapped.device.kind} is installed"
     )
+
+
+def offers(kind: DeviceClass[Any]) -> tuple[EventOffer, ...]:
+    """Return what events can be raised now on a device, queue by queue, and in which way."""
+    found = []
+    for queue, name in kind.queues().items():
+        for event in DeviceEvent:
+            way = kind.way_now(event, queue)
+            via, reason = (way, "") if isinstance(way, Via) else (None, way)
+            found.append(EventOffer(queue, name, event, via, reason))
+    return tuple(found)
 
 
 def parse_event(event: DeviceEvent | str) -> DeviceEvent:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kickcall.devices import ways
-from kickcall.devices.base import DeviceClass
-from kickcall.model import BackendKind
+from kickcall.devices.virtio import VirtioClass
+from kickcall.model import BackendKind, Device
 
 if TYPE_CHECKING:
-    from kickcall.devices.base import Offer
-    from kickcall.model import Device, DeviceEvent, QueueMap, Via
+    from kickcall.model import AnyDevice
 
 
-class VhostKernel(DeviceClass):
+class VhostKernel(VirtioClass):
     """A vhost worker in the kernel polls the kick notifier and never reads it.
 
     So the kick notifier's count only grows: it is the number of kicks since the device started
@@ -23,10 +21,6 @@ class VhostKernel(DeviceClass):
     name = "vhost (kernel)"
 
     @classmethod
-    def claims(cls, device: Device) -> bool:
+    def claims(cls, device: AnyDevice) -> bool:
         """Claim every device whose queues are in the kernel."""
-        return device.backend is BackendKind.VHOST_KERNEL
-
-    def ways(self, event: DeviceEvent, queue: QueueMap) -> dict[Via, Offer]:
-        """The VMM's own command, the notifier, and for a kick the legacy port."""
-        return ways.virtio_ways(self.session, self.mapped, queue, event)
+        return isinstance(device, Device) and device.backend is BackendKind.VHOST_KERNEL

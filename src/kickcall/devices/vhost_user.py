@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kickcall.devices import ways
-from kickcall.devices.base import DeviceClass
-from kickcall.model import BackendKind
+from kickcall.devices.virtio import VirtioClass
+from kickcall.model import BackendKind, Device
 
 if TYPE_CHECKING:
-    from kickcall.devices.base import Offer
-    from kickcall.model import Device, DeviceEvent, QueueMap, Via
+    from kickcall.model import AnyDevice
 
 
-class VhostUser(DeviceClass):
+class VhostUser(VirtioClass):
     """The back-end process holds both notifiers: it reads the kick's and writes the call's.
 
     A kick count above 0 means that the back-end has not looked yet. It must never be asked for
@@ -23,10 +21,6 @@ class VhostUser(DeviceClass):
     name = "vhost-user"
 
     @classmethod
-    def claims(cls, device: Device) -> bool:
+    def claims(cls, device: AnyDevice) -> bool:
         """Claim every device whose queues a vhost-user process has."""
-        return device.backend is BackendKind.VHOST_USER
-
-    def ways(self, event: DeviceEvent, queue: QueueMap) -> dict[Via, Offer]:
-        """The VMM's own command, the notifier, and for a kick the legacy port."""
-        return ways.virtio_ways(self.session, self.mapped, queue, event)
+        return isinstance(device, Device) and device.backend is BackendKind.VHOST_USER

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kickcall.devices import ways
-from kickcall.devices.base import DeviceClass
-from kickcall.model import BackendKind
+from kickcall.devices.virtio import VirtioClass
+from kickcall.model import BackendKind, Device
 
 if TYPE_CHECKING:
-    from kickcall.devices.base import Offer
-    from kickcall.model import Device, DeviceEvent, QueueMap, Via
+    from kickcall.model import AnyDevice
 
 
-class VirtioPci(DeviceClass):
+class VirtioPci(VirtioClass):
     """virtio-blk, virtio-scsi, virtio-net and kin, with ioeventfd.
 
     QEMU drains both notifiers: a count that stays above 0 means that nobody looks. Devices without
@@ -24,10 +22,6 @@ class VirtioPci(DeviceClass):
     name = "virtio (QEMU)"
 
     @classmethod
-    def claims(cls, device: Device) -> bool:
+    def claims(cls, device: AnyDevice) -> bool:
         """Claim every virtio device that is not handed to a back-end outside QEMU."""
-        return device.backend is BackendKind.QEMU
-
-    def ways(self, event: DeviceEvent, queue: QueueMap) -> dict[Via, Offer]:
-        """The VMM's own command, the notifier, and for a kick the legacy port."""
-        return ways.virtio_ways(self.session, self.mapped, queue, event)
+        return isinstance(device, Device) and device.backend is BackendKind.QEMU

@@ -1,4 +1,4 @@
-"""The ways to inject that several kinds of device share: `qmp`, `eventfd`, `ioport`, `mmio`."""
+"""The ways to inject that virtio devices share: `qmp`, `eventfd`, `ioport`, `mmio`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ COMMAND = "x-debug-device-event"
 
 
 def virtio_ways(
-    session: VmmSession, mapped: MappedDevice, queue: QueueMap, event: DeviceEvent
+    session: VmmSession, mapped: MappedDevice, number: int, event: DeviceEvent
 ) -> dict[Via, Offer]:
-    """Return the ways that every virtio device with notifiers has, best first."""
+    """Return the ways that every virtio device has, best first. Raises what `queue_map` does."""
+    queue = mapped.queue_map(number)
     ways: dict[Via, Offer] = {
         Via.QMP: partial(via_qmp, session, mapped, queue, event),
         Via.EVENTFD: partial(via_eventfd, session, mapped, queue, event),
@@ -60,6 +61,8 @@ def via_qmp(
         write,
         partial(observe.counters, session, mapped, queue, notifier),
         None if notifier is None else notifier.eventfd_id,
+        check=partial(session.verify, mapped, queue, event),
+        layout=queue.layout,
     )
 
 
@@ -69,7 +72,7 @@ def via_eventfd(
     """Write 1 to the queue's own notifier: what the guest's doorbell, or the back-end, does."""
     notifier = _notifier(queue, event)
     if notifier is None:
-        return f"queue {queue.index} has no {event} notifier (QEMU does it without an eventfd)"
+        return f"the queue has no {event} notifier (QEMU does it without an eventfd)"
     ours = session.hold(mapped, queue, notifier)
 
     def counters() -> Counters:
@@ -83,6 +86,8 @@ def via_eventfd(
         partial(eventfds.signal, ours),
         counters,
         notifier.eventfd_id,
+        check=partial(session.verify, mapped, queue, event),
+        layout=queue.layout,
     )
 
 
@@ -111,6 +116,8 @@ def via_ioport(
         write,
         partial(observe.counters, session, mapped, queue, queue.kick),
         None if queue.kick is None else queue.kick.eventfd_id,
+        check=partial(session.verify, mapped, queue, event),
+        layout=queue.layout,
     )
 
 
@@ -136,6 +143,8 @@ def via_mmio(
         partial(pause.write_paused, session, write),
         counters,
         None if notifier is None else notifier.eventfd_id,
+        check=partial(session.verify, mapped, queue, event),
+        layout=queue.layout,
     )
 
 

@@ -167,13 +167,10 @@ def read_configuration(
     monitor: Monitor, function: dict[str, Any], regions: list[Region]
 ) -> tuple[int | None, int | None]:
     """Return the command register and the head of the MSI-X capability; None where unknown."""
-    ecam = next((one for one in regions if one.name in ("pcie-mmcfg-mmio", "pcie-ecam")), None)
-    if ecam is None:
-        return None, None
-    at = ecam.start + (function["bus"] << 20 | function["slot"] << 15 | function["function"] << 12)
-    header = read_words(monitor, at, 16) if at + 4096 <= ecam.end + 1 else None
+    at = configuration_address(function, regions)
+    header = None if at is None else read_words(monitor, at, 16)
     identity = function["id"]
-    if header is None or header[0] != identity["device"] << 16 | identity["vendor"]:
+    if at is None or header is None or header[0] != identity["device"] << 16 | identity["vendor"]:
         return None, None
     command = header[_COMMAND // 4]
     offset = header[_CAPABILITY_LIST // 4] & 0xFC if command & _STATUS_CAP_LIST else 0
@@ -187,6 +184,15 @@ def read_configuration(
             return command, head[0]
         offset = head[0] >> 8 & 0xFC
     return command, None
+
+
+def configuration_address(function: dict[str, Any], regions: list[Region]) -> int | None:
+    """Return where a function's configuration space is in memory; None without ECAM."""
+    ecam = next((one for one in regions if one.name in ("pcie-mmcfg-mmio", "pcie-ecam")), None)
+    if ecam is None:
+        return None
+    at = function["bus"] << 20 | function["slot"] << 15 | function["function"] << 12
+    return ecam.start + at if ecam.start + at + 4096 <= ecam.end + 1 else None
 
 
 def _vector(

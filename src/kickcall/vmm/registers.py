@@ -71,9 +71,7 @@ def register_write(
     if refusal:
         return refusal
     data = struct.pack("<I", message.data)
-    at = table.start + message.vector * interrupts.MSIX_ENTRY_SIZE
-    # Address, data and the mask bit, as they stand in the table (PCI 3.0, 6.8.2.6 to 6.8.2.9).
-    check = Check(at, (1 << 97) - 1, message.address | message.data << 64)
+    check = entry_check(table, message)
     return (
         RegisterWrite(message.address, data, (check,), function),
         f"MSI-X vector {message.vector}: {message.data:#x} to {message.address:#x}",
@@ -93,9 +91,11 @@ def doorbell_write(
     return address, struct.pack("<H", queue)
 
 
-def message_refusal(message: Message, memory: list[Region], command: tuple[str, ...]) -> str:
+def message_refusal(
+    message: Message, memory: list[Region], command: tuple[str, ...], kind: str = "MSI-X"
+) -> str:
     """Return why a processor's write of `message` would not be its interrupt; empty where it is."""
-    what = f"MSI-X vector {message.vector}"
+    what = f"{kind} vector {message.vector}"
     if message.masked:
         return (
             f"{what} is masked: the driver does not want it now (a call meanwhile is kept pending, "

@@ -7,7 +7,7 @@ import re
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from kickcall.errors import (
     DeviceNotFoundError,
@@ -26,6 +26,7 @@ from kickcall.vmm import layout as layouts
 from kickcall.vmm import notifiers, symbols, virtio
 from kickcall.vmm.guest_memory import GuestMemory, read_guest_memory
 from kickcall.vmm.monitor import CONNECT_TIMEOUT
+from kickcall.vmm.pci_devices import MappedPci, list_pci_devices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,6 +92,9 @@ class MappedDevice:
         if not slot.initialized:
             return None
         return Notifier(slot.rfd, self.array.eventfd_ids[slot.rfd])
+
+
+_M = TypeVar("_M", MappedDevice, MappedPci)
 
 
 class VmmSession:
@@ -160,6 +164,23 @@ class VmmSession:
         for mapped in self.devices:
             if mapped.device.path == path:
                 return mapped
+        raise DeviceNotFoundError(f"{self.machine.name} has no device {path} any more")
+
+    def pci_devices(self) -> tuple[MappedPci, ...]:
+        """Return every PCI device that is no virtio device, by QOM path, as it is now."""
+        virtio_paths = {mapped.device.path for mapped in self.devices}
+        with self.borrow() as monitor:
+            found = list_pci_devices(monitor)
+        return tuple(one for one in found if one.device.path not in virtio_paths)
+
+    def again(self, mapped: _M) -> _M:
+        """Return the same device as it is mapped now. Raises DeviceNotFoundError."""
+        path = mapped.device.path
+        if isinstance(mapped, MappedDevice):
+            return self.device_at(path)
+        for found in self.pci_devices():
+            if found.device.path == path:
+                return found
         raise DeviceNotFoundError(f"{self.machine.name} has no device {path} any more")
 
     def has_command(self, name: str) -> bool:
