@@ -98,7 +98,7 @@ def diagnose(
             verdict = _probe(session, one, verdict, tell, witness)
         verdicts.append(on_the_wall(verdict, offset))
     seen = {id(one.mapped) for one in watched}
-    unseen = [_not_watched(session, one) for one in chosen if id(one) not in seen]
+    unseen = [not_watched(session, one) for one in chosen if id(one) not in seen]
     return (*verdicts, *(on_the_wall(one, offset) for one in unseen))
 
 
@@ -273,7 +273,7 @@ def on_the_wall(verdict: Verdict, offset: float) -> Verdict:
     )
 
 
-def _not_watched(session: VmmSession, device: MappedDevice) -> Verdict:
+def not_watched(session: VmmSession, device: MappedDevice) -> Verdict:
     """Return what can be said of a device that has no queue to watch."""
     info = device.device
     why = device.refusal or "the driver has set none of its queues up"
