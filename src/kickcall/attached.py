@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     )
     from kickcall.vmm.kernel_view import QueueInKernel
     from kickcall.vmm.monitor import BorrowMonitor
-    from kickcall.vmm.recorder import Recording
     from kickcall.vmm.pci_devices import MappedPci
+    from kickcall.vmm.recorder import Recording
     from kickcall.vmm.session import MappedDevice
     from kickcall.vmm.verify import Check
 

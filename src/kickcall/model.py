@@ -258,6 +258,20 @@ class Injection:
     """For how many milliseconds the machine was paused; None where it ran on."""
 
 
+@dataclass(frozen=True, slots=True)
+class EventOffer:
+    """Whether an event can be raised on a queue of a device now."""
+
+    queue: int
+    name: str
+    """What the queue is, in words; empty for a virtqueue."""
+    event: DeviceEvent
+    via: Via | None
+    """The way that would be taken where a pause is allowed; None: it cannot be raised."""
+    reason: str
+    """Why it cannot be raised; empty where it can."""
+
+
 class Signaller(enum.StrEnum):
     """Who raised a notification."""
 
@@ -273,20 +287,6 @@ class Signaller(enum.StrEnum):
     KERNEL = "kernel"
     """The kernel itself, as in an interrupt: the thread is the one that was interrupted."""
     UNKNOWN = "unknown"
-@dataclass(frozen=True, slots=True)
-class EventOffer:
-    """Whether an event can be raised on a queue of a device now."""
-
-    queue: int
-    name: str
-    """What the queue is, in words; empty for a virtqueue."""
-    event: DeviceEvent
-    via: Via | None
-    """The way that would be taken where a pause is allowed; None: it cannot be raised."""
-    reason: str
-    """Why it cannot be raised; empty where it can."""
-
-
 
 
 @dataclass(frozen=True, slots=True)

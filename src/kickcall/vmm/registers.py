@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from kickcall.model import DeviceEvent
 from kickcall.vmm import interrupts
-from kickcall.vmm.pause import Check, RegisterWrite
+from kickcall.vmm.pause import RegisterWrite
+from kickcall.vmm.pci_view import entry_check
 from kickcall.vmm.wiring import device_views, wiring_of
 
 if TYPE_CHECKING:
