@@ -23,7 +23,7 @@ from kickcall.lab.boot import prepare, start_qemu, wait_for_guest
 from kickcall.lab.cache import log_progress
 from kickcall.lab.host_image import host_image
 from kickcall.lab.image import guest_image
-from kickcall.lab.machine import LabMachine, lab_folder
+from kickcall.lab.machine import LabMachine
 from kickcall.lab.qemu import find_qemu, usable_kvm
 from kickcall.lab.spec import MachineSpec, machine_arguments
 
@@ -134,7 +134,8 @@ class LabHost:
         (self._folder / "jobs").mkdir()
         settings = {
             "modules": str(image.modules),
-            "machines": str(lab_folder()),
+            # Where lab_folder() is in the host, which has no XDG_RUNTIME_DIR.
+            "machines": f"/tmp/kickcall-lab-{os.getuid()}",
             "shared": str(self.shared),
             "load": " ".join(MODULES),
         }

@@ -267,10 +267,13 @@ class LabMachine:
 
 
 def _spec_from(state: dict[str, Any]) -> MachineSpec:
-    devices = tuple(
-        specs.KINDS[fields.pop("kind")](**_tuples(fields)) for fields in state.pop("devices")
-    )
-    return MachineSpec(devices=devices, **_tuples(state))
+    try:
+        devices = tuple(
+            specs.KINDS[fields.pop("kind")](**_tuples(fields)) for fields in state.pop("devices")
+        )
+        return MachineSpec(devices=devices, **_tuples(state))
+    except (KeyError, TypeError) as error:
+        raise LabError(f"a lab machine of another version of kickcall: {error}") from error
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
