@@ -18,11 +18,12 @@ from prometheus_client.registry import CollectorRegistry
 
 from kickcall.errors import UsageError
 from kickcall.model import DeviceEvent, Machine, VerdictKind
+from kickcall.watch.address import address_of
 from kickcall.watch.book import Book
 from kickcall.watch.daemon import Daemon
 from kickcall.watch.happenings import Happening, What
 from kickcall.watch.healer import Healer
-from kickcall.watch.metrics import MetricsError, MetricsServer, WatcherCollector, address_of
+from kickcall.watch.metrics import MetricsError, MetricsServer, WatcherCollector
 from kickcall.watch.policy import Queue, Rules
 from kickcall.watch.settings import Settings
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +16,9 @@ from kickcall.cli.journal import JournalOption, warn
 from kickcall.cli.output import plain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kickcall.watch.config import Config
     from kickcall.watch.happenings import Happening
 
 
@@ -34,9 +39,14 @@ def watch(
         bool, typer.Option("--dry-run", help="Say what would be injected, write nothing.")
     ] = False,
     interval: Annotated[
-        str,
-        typer.Option("--interval", metavar="T", help="Between two looks while all is well."),
-    ] = "100ms",
+        str | None,
+        typer.Option(
+            "--interval",
+            metavar="T",
+            help="Between two looks while all is well; not given: 100ms.",
+            show_default=False,
+        ),
+    ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -46,6 +56,19 @@ def watch(
             show_default=False,
         ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="A TOML file with all of this and more; read again at SIGHUP.",
+            show_default=False,
+        ),
+    ] = None,
+    check_config: Annotated[
+        bool,
+        typer.Option("--check-config", help="Only say whether the file makes sense."),
+    ] = False,
     journal: JournalOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -58,42 +81,95 @@ def watch(
     kickcall watch vm0 vm1 --heal
     kickcall watch --heal --dry-run --json
     kickcall watch --heal --metrics 9478
+    kickcall watch --config /etc/kickcall/watch.toml --check-config
     """
-    from kickcall.errors import UsageError
+    from kickcall.watch.config import PATH, Config, load
+
+    if check_config:
+        checked = config or PATH
+        load(checked)
+        typer.echo(f"{checked}: nothing is wrong with it")
+        return
+
+    def asked() -> Config:
+        """Return what the file asks for, where the command line does not say otherwise."""
+        said = load(config) if config is not None else Config()
+        if interval is not None:
+            said = replace(said, settings=replace(said.settings, interval_s=_interval(interval)))
+        if heal or dry_run:
+            said = replace(said, heal="dry-run" if dry_run else "on")
+        return replace(
+            said,
+            machines=tuple(machines or said.machines),
+            journal=journal or said.journal,
+            metrics=metrics or said.metrics,
+        )
+
+    _run(asked, json=json, reload=config is not None)
+
+
+def _run(asked: Callable[[], Config], *, json: bool, reload: bool) -> None:
+    from kickcall.errors import KickcallError
     from kickcall.watch.book import Book
     from kickcall.watch.daemon import Daemon
     from kickcall.watch.database import JournalError
     from kickcall.watch.happenings import Happening, What
     from kickcall.watch.healer import Healer
-    from kickcall.watch.policy import Rules
-    from kickcall.watch.settings import Settings
+    from kickcall.watch.journald import Journald, is_our_output, is_there
+    from kickcall.watch.service import ServiceManager
 
-    seconds = seconds_of(interval)
-    if not 0.01 <= seconds <= 60:
-        raise UsageError("--interval must be from 10ms to 1m")
-    tell = _tell_json if json else _tell
+    config = asked()
+    journald = Journald() if is_there() else None
+    # What goes to systemd's journal with its fields need not go there a second time without.
+    say = _say_json if json else _say if journald is None or not is_our_output() else _say_nothing
+
+    def tell(one: Happening) -> None:
+        if journald is not None:
+            journald.tell(one)
+        say(one)
+        if one.what in (What.CAME, What.WENT):
+            service.status(f"watching {len(daemon.machines)} machines, healing: {healer.mode}")
 
     def complain(text: str) -> None:
         daemon.tell(Happening(What.ALERT, f"{text}; nothing is healed until it can"))
 
-    book = Book(journal, complain)
-    healer = Healer(book, Rules(), enabled=heal or dry_run, dry_run=dry_run)
-    daemon = Daemon(machines or [], Settings(interval_s=seconds), healer, tell)
+    def obey() -> None:
+        service.reloading()
+        try:
+            new = asked()
+        except KickcallError as exc:
+            daemon.tell(Happening(What.ALERT, f"{exc}; all goes on as before"))
+            return
+        if (new.journal, new.metrics) != (config.journal, config.metrics):
+            text = "another journal, or address for metrics, comes with a restart only"
+            daemon.tell(Happening(What.ALERT, text))
+        healer.obey(new.rules, enabled=new.heal != "off", dry_run=new.heal == "dry-run")
+        daemon.obey(new.machines, new.settings)
+        daemon.tell(Happening(What.RELOADED, f"read the configuration, healing: {healer.mode}"))
+
+    service = ServiceManager()
+    book = Book(config.journal, complain)
+    healer = Healer(
+        book, config.rules, enabled=config.heal != "off", dry_run=config.heal == "dry-run"
+    )
+    daemon = Daemon(config.machines, config.settings, healer, tell, pulse=service.pulse)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop())
+    if reload:
+        signal.signal(signal.SIGHUP, lambda *_: daemon.soon(obey))
     server = None
     try:
-        if metrics is not None:
-            from kickcall.watch.metrics import MetricsServer, address_of
+        if config.metrics is not None:
+            from kickcall.watch.address import address_of
+            from kickcall.watch.metrics import MetricsServer
 
-            server = MetricsServer(daemon, address_of(metrics))
-            daemon.tell(
-                Happening(What.METRICS, f"metrics at {server.url}", more={"url": server.url})
-            )
+            server = MetricsServer(daemon, address_of(config.metrics))
+            text = f"metrics at {server.url}"
+            daemon.tell(Happening(What.METRICS, text, more={"url": server.url}))
         try:
             healer.remember()
         except JournalError as exc:
-            if heal and not dry_run:
+            if healer.mode == "on":
                 raise
             warn(str(exc))
         daemon.run()
@@ -101,12 +177,22 @@ def watch(
         # Whoever read what happens is gone; nothing more can be said, at exit neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     finally:
+        service.stopping()
         if server is not None:
             server.close()
         book.close()
 
 
-def _tell(one: Happening) -> None:
+def _interval(text: str) -> float:
+    from kickcall.errors import UsageError
+
+    seconds = seconds_of(text)
+    if not 0.01 <= seconds <= 60:
+        raise UsageError("--interval must be from 10ms to 1m")
+    return seconds
+
+
+def _say(one: Happening) -> None:
     at = datetime.fromtimestamp(one.at).astimezone().isoformat(" ", "milliseconds")
     where = plain(one.machine) if one.machine is not None else "kickcall"
     if one.device is not None:
@@ -114,7 +200,7 @@ def _tell(one: Happening) -> None:
     typer.echo(f"{at}  {where}: {one.what}: {plain(one.text)}")
 
 
-def _tell_json(one: Happening) -> None:
+def _say_json(one: Happening) -> None:
     import msgspec
 
     fields = {
@@ -128,3 +214,7 @@ def _tell_json(one: Happening) -> None:
         **one.more,
     }
     print(msgspec.json.encode(fields).decode(), flush=True)
+
+
+def _say_nothing(_: Happening) -> None:
+    pass

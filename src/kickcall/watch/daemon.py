@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from kickcall.errors import KickcallError, MachineGoneError
+from kickcall.host import processes
 from kickcall.watch.finder import Finder
 from kickcall.watch.happenings import Happening, What, of_machine
 from kickcall.watch.machine import WatchedMachine
@@ -41,13 +42,18 @@ class Daemon:
         healer: Healer,
         tell: Callable[[Happening], None],
         onlooker: Onlooker | None = None,
+        *,
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
         self._onlooker = onlooker
         self._finder = Finder(wanted)
         self._settings = settings
         self.healer = healer
         self._tell_on = tell
-        self._inbox: queue.SimpleQueue[Happening | WatchedMachine | None] = queue.SimpleQueue()
+        self._pulse = pulse
+        self._inbox: queue.SimpleQueue[Happening | WatchedMachine | Callable[[], None] | None] = (
+            queue.SimpleQueue()
+        )
         self._stopping = False
         self._blind = ""
         """Why /proc could not be read, as it was told."""
@@ -66,6 +72,18 @@ class Daemon:
         """Have something told, from any thread."""
         self._inbox.put(happening)
 
+    def soon(self, work: Callable[[], None]) -> None:
+        """Have something done in the thread of `run`: for signal handlers, too."""
+        self._inbox.put(work)
+
+    def obey(self, wanted: Iterable[str], settings: Settings) -> None:
+        """Watch others, or otherwise, from now on. In the thread of `run`."""
+        self._finder = Finder(wanted)
+        self._settings = settings
+        for machine in self._machines.values():
+            machine.obey(settings)
+        self._scan()
+
     def stop(self) -> None:
         """End `run` soon: for signal handlers, too (SimpleQueue.put is reentrant)."""
         self._stopping = True
@@ -81,6 +99,7 @@ class Daemon:
                     if now >= scan_at:
                         self._scan()
                         scan_at = now + _SCAN_S
+                    self._pulse()
                     self._look(pool)
                     self._receive(scan_at)
             finally:
@@ -107,6 +126,8 @@ class Daemon:
             return
         self._blind = ""
         for key in [key for key in self._machines if key not in found]:
+            if processes.start_time(key[0]) == key[1]:
+                self._machines[key].ending = "it is not to be watched any more"
             self._end(self._machines[key])
         for key, machine in found.items():
             if key not in self._machines:
@@ -168,13 +189,15 @@ class Daemon:
                 return
             if isinstance(item, Happening):
                 self._tell(item)
-            elif item is not None:
+            elif isinstance(item, WatchedMachine):
                 self._busy.discard(item)
                 if item in self._gone:
                     self._end(item)
                     self._close(item)
                 else:
                     self._schedule(item)
+            elif item is not None:
+                item()
             elif self._stopping:
                 return
 
@@ -191,4 +214,4 @@ class Daemon:
         if self._onlooker is not None:
             self._onlooker.gone(machine)
         if machine.came:
-            self.tell(of_machine(machine.machine, What.WENT, "it ended"))
+            self.tell(of_machine(machine.machine, What.WENT, machine.ending))

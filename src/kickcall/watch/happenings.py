@@ -32,6 +32,8 @@ class What(enum.StrEnum):
     NOT_HEALED = "not-healed"
     ALERT = "alert"
     """Somebody should look: healing was stopped, or the journal cannot be written."""
+    RELOADED = "reloaded"
+    """The configuration was read again."""
     METRICS = "metrics"
     """Where the metrics are served."""
 

@@ -56,6 +56,11 @@ class Healer:
         self._lock = threading.Lock()
         self._orphans: dict[Queue, StallRow] = {}
 
+    def obey(self, rules: Rules, *, enabled: bool, dry_run: bool) -> None:
+        """Heal within other bounds from now on, or not any more."""
+        with self._lock:
+            self.rules, self.enabled, self.dry_run = rules, enabled, dry_run
+
     @property
     def mode(self) -> str:
         """What it does: `on`, `dry-run` or `off`."""

@@ -77,6 +77,8 @@ class WatchedMachine:
     ) -> None:
         self.machine = machine
         self.due = 0.0
+        self.ending = "it ended"
+        """Why it is not watched any more, once it is not."""
         self._onlooker = onlooker
         self._settings = settings
         self._healer = healer
@@ -147,6 +149,11 @@ class WatchedMachine:
         return self._ask_at
 
     # --- in the loop ---
+
+    def obey(self, settings: Settings) -> None:
+        """Be watched otherwise from now on."""
+        self._settings = settings
+        self._stalls.report_s = settings.report_s
 
     def look(self) -> bool:
         """Look at all queues and set `due`; tell whether `work` is wanted now."""
@@ -459,8 +466,9 @@ class WatchedMachine:
     def close(self, *, gone: bool) -> None:
         """Let go of the machine. `gone`: it ended."""
         if gone:
-            self._stalls.end_all("the machine ended")
+            self._stalls.end_all(self.ending.replace("it", "the machine", 1))
         self._let_go()
         self._treatment.close()
-        if gone:
-            self._healer.forget(self.machine)
+        machine = self.machine
+        if gone and processes.start_time(machine.pid) != machine.start_time:
+            self._healer.forget(machine)

@@ -7,9 +7,7 @@ characters of a name, so many clients.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
-import ipaddress
 import socket
 import threading
 import time
@@ -27,7 +25,7 @@ from prometheus_client.exposition import MetricsHandler
 from prometheus_client.registry import Collector
 
 import kickcall
-from kickcall.errors import KickcallError, UsageError
+from kickcall.errors import KickcallError
 from kickcall.watch.tally import LOOK_BOUNDS_S
 
 if TYPE_CHECKING:
@@ -48,20 +46,6 @@ _PERIPHERAL: Final = "/machine/peripheral/"
 
 class MetricsError(KickcallError):
     """The metrics cannot be served: the address is taken, or not this host's."""
-
-
-def address_of(text: str) -> tuple[str, int]:
-    """Return the address and port of `[ADDR:]PORT`; of a port alone, on the loopback interface.
-
-    Raises UsageError where `text` is neither. Names are not looked up: what they mean changes.
-    """
-    host, _, port = text.rpartition(":")
-    host = (host or "127.0.0.1").removeprefix("[").removesuffix("]")
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(host)
-        if port.isascii() and port.isdecimal() and int(port) < 1 << 16:
-            return host, int(port)
-    raise UsageError(f"{text!r} is no address: write 9478, 127.0.0.1:9478 or [::1]:9478")
 
 
 class WatcherCollector(Collector):

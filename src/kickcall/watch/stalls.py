@@ -47,7 +47,7 @@ class Stalls:
         self._machine = machine
         self._healer = healer
         self._tell = tell
-        self._report_s = report_s
+        self.report_s = report_s
         self._lasting: dict[Key, Stall] = {}
 
     @property
@@ -76,7 +76,7 @@ class Stalls:
         """Take note that a queue is stalled, and of what is wrong with it by now."""
         stall = self._lasting.get((verdict.device, verdict.queue))
         if stall is None:
-            if verdict.since_s >= self._report_s:
+            if verdict.since_s >= self.report_s:
                 self.report(verdict)
         elif stall.verdict.verdict is not verdict.verdict:
             stall.verdict = verdict
@@ -84,7 +84,7 @@ class Stalls:
 
     def not_healed(self, verdict: Verdict, because: str, *, alert: bool = False) -> None:
         """Tell why a stall that has lasted is not healed."""
-        if verdict.since_s >= self._report_s:
+        if verdict.since_s >= self.report_s:
             self._say_once(What.ALERT if alert else What.NOT_HEALED, verdict, because)
 
     def would_inject(self, verdict: Verdict) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from kickcall.watch import journald
 from kickcall.watch.database import JournalError
+from kickcall.watch.happenings import What, of_queue
 from kickcall.watch.journal import Journal
 from kickcall.watch.rows import Who
 
@@ -35,11 +37,14 @@ class JournalWitness:
         self._path = path
         self._journal: Journal | None = None
         self._number: int | None = None
+        self._machine: Machine | None = None
+        self._planned: Injection | None = None
         self._warned = False
 
     def before(self, machine: Machine, planned: Injection) -> None:
         """Put down the intent."""
         self._number = None
+        self._machine, self._planned = machine, planned
         try:
             if self._journal is None:
                 self._journal = Journal(self._path)
@@ -49,6 +54,7 @@ class JournalWitness:
 
     def written(self, result: Injection) -> None:
         """Put down the outcome."""
+        self._tell(What.INJECTED, f"{result.event} injected via {result.via}: {result.target}")
         if self._journal is not None and self._number is not None:
             try:
                 self._journal.done(self._number, result)
@@ -57,11 +63,28 @@ class JournalWitness:
 
     def failed(self, error: KickcallError, *, maybe_written: bool) -> None:
         """Put down that it failed."""
+        whether = "perhaps injected" if maybe_written else "not injected"
+        self._tell(What.NOT_HEALED, f"{whether}: {error}")
         if self._journal is not None and self._number is not None:
             try:
                 self._journal.failed(self._number, str(error), maybe_written=maybe_written)
             except JournalError as exc:
                 self._complain(exc)
+
+    def _tell(self, what: What, text: str) -> None:
+        """Put it into systemd's journal, too, where there is one."""
+        if not journald.is_there() or self._machine is None or self._planned is None:
+            return
+        planned = self._planned
+        more = {
+            "event": str(planned.event),
+            "via": str(planned.via),
+            "injection": self._number,
+            "command": self._who.command,
+        }
+        journal = journald.Journald()
+        journal.tell(of_queue(self._machine, what, planned.device, planned.queue, text, **more))
+        journal.close()
 
     def _complain(self, exc: JournalError) -> None:
         if not self._warned:
