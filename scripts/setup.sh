@@ -100,6 +100,31 @@ need_package_lists() {
     for guest in "$cache"/guest-*; do
         [ -e "$guest" ] && return
     done
+# promtool alone, without the server that its package would start: into .cache/bin.
+need_promtool() {
+    present promtool || [ -x .cache/bin/promtool ] && return
+    present apt-get ||
+        fail "no apt-get here, so nothing was installed. Please install promtool, of Prometheus"
+    say "promtool, of Debian's package prometheus"
+    # A package list that is too old names files that the archive no longer has.
+    unpack_promtool || { can_be_root && update_apt && unpack_promtool; } || {
+        tail -n 20 "$LOG" >&2
+        fail "promtool could not be downloaded; all that was said is in $LOG"
+    }
+}
+
+unpack_promtool() {
+    folder=.cache/promtool.$$
+    mkdir -p "$folder" .cache/bin
+    # As root apt would download as user _apt, who may not write to this folder.
+    (cd "$folder" && apt-get -q -o APT::Sandbox::User=root download prometheus &&
+        dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool) >"$LOG" 2>&1 &&
+        mv "$folder/usr/bin/promtool" .cache/bin/promtool
+    got=$?
+    rm -rf "$folder"
+    return "$got"
+}
+
     present apt-get || return 0
     known_to_apt busybox-static && return
     { can_be_root && update_apt; } || say "going on without; the lab says so if it needs them"
@@ -163,7 +188,9 @@ for what; do
     dev) need_environment dev dev ;;
     docs) need_environment docs docs ;;
     lab) programs="$programs$LAB" ;;
-    rigs) programs="$programs$RIGS" ;;
+promtool=
+binding=
+    rigs) programs="$programs$RIGS" promtool=wanted binding=wanted ;;
     bench) programs="$programs$BENCH" ;;
     *) fail "nothing is called $what here: run, dev, docs, lab, rigs, bench" ;;
     esac
@@ -172,3 +199,5 @@ if [ -n "$programs" ]; then
     need_programs "$programs"
     need_package_lists
 fi
+[ -z "$promtool" ] || need_promtool
+[ -z "$binding" ] || need_binding
