@@ -94,12 +94,6 @@ need_programs() {
     fi
 }
 
-# The lab downloads its guest once, with apt-get, which has to know the archive for that.
-need_package_lists() {
-    cache=${KICKCALL_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/kickcall}
-    for guest in "$cache"/guest-*; do
-        [ -e "$guest" ] && return
-    done
 # promtool alone, without the server that its package would start: into .cache/bin.
 need_promtool() {
     present promtool || [ -x .cache/bin/promtool ] && return
