@@ -29,6 +29,7 @@ nc                    netcat-openbsd
 gcc                   gcc
 objcopy               binutils
 /usr/include/stdio.h  libc6-dev
+systemd-analyze       systemd
 '
 BENCH='
 gdb                   gdb
@@ -119,6 +120,12 @@ unpack_promtool() {
     return "$got"
 }
 
+# The lab downloads its guest once, with apt-get, which has to know the archive for that.
+need_package_lists() {
+    cache=${KICKCALL_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/kickcall}
+    for guest in "$cache"/guest-*; do
+        [ -e "$guest" ] && return
+    done
     present apt-get || return 0
     known_to_apt busybox-static && return
     { can_be_root && update_apt; } || say "going on without; the lab says so if it needs them"
@@ -176,15 +183,14 @@ if present flock; then
     flock 9
 fi
 programs=
+promtool=
 for what; do
     case $what in
     run) ready .venv/.kickcall-dev || need_environment run ;;
     dev) need_environment dev dev ;;
     docs) need_environment docs docs ;;
     lab) programs="$programs$LAB" ;;
-promtool=
-binding=
-    rigs) programs="$programs$RIGS" promtool=wanted binding=wanted ;;
+    rigs) programs="$programs$RIGS" promtool=wanted ;;
     bench) programs="$programs$BENCH" ;;
     *) fail "nothing is called $what here: run, dev, docs, lab, rigs, bench" ;;
     esac
@@ -194,4 +200,3 @@ if [ -n "$programs" ]; then
     need_package_lists
 fi
 [ -z "$promtool" ] || need_promtool
-[ -z "$binding" ] || need_binding
