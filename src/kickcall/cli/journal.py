@@ -96,6 +96,31 @@ def journal(
         typer.echo(f"nothing in {plain(book.path)}" + (f" since {since}" if since else ""))
 
 
+def entries_of(machine: str, since: float, limit: int) -> list[dict[str, Any]]:
+    """Return the entries of a machine, the latest last, with `what` and `outcome` in words.
+
+    None where there is no journal. Raises JournalError where it cannot be read.
+    """
+    from kickcall.watch.database import default_path
+    from kickcall.watch.journal import Journal
+
+    if not default_path().exists():
+        return []
+    book = Journal(reading=True)
+    try:
+        rows: list[StallRow | InjectionRow] = [
+            *book.stalls(since=since, machine=machine, limit=limit),
+            *book.injections(since=since, machine=machine, limit=limit),
+        ]
+    finally:
+        book.close()
+    entries = []
+    for row in rows:
+        _, _, _, _, what, _, outcome = _to_cells(row)
+        entries.append({**_to_json(row), "what": what, "outcome": outcome})
+    return sorted(entries, key=lambda entry: float(entry["at"]))[-limit:]
+
+
 def _cause(row: StallRow | InjectionRow) -> object:
     return row.evidence[0]["value"] if row.evidence else ""
 

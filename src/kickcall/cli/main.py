@@ -10,6 +10,7 @@ import typer
 
 import kickcall
 from kickcall.cli import (
+    bundle,
     demo,
     diagnose,
     events,
@@ -82,6 +83,7 @@ app.command()(events.call)
 app.command()(qmp.qmp)
 app.command()(watch.watch)
 app.command()(journal.journal)
+app.command()(bundle.bundle)
 app.add_typer(lab.app, name="lab")
 app.command()(demo.demo)
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kickcall.model import BackendKind, Layout
+from kickcall.model import BackendKind, Layout
 
 
 class QueueRole(enum.Enum):

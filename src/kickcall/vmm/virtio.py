@@ -162,7 +162,7 @@ def _read_queue(
         if not first <= index < first + count:
             return None
         return _ask_vhost_queue(monitor, path, index)
-    return _ask_queue(monitor, path, index) if _may_be_asked(device) else None
+    return _ask_queue(monitor, path, index) if may_be_asked(device) else None
 
 
 def _ask_vhost_queue(monitor: Monitor, path: str, index: int) -> QueueFacts | None:
@@ -198,13 +198,14 @@ def _ask_queue(monitor: Monitor, path: str, index: int) -> QueueFacts | None:
 
 def ask_positions(monitor: Monitor, facts: DeviceFacts, index: int) -> Positions | None:
     """Return how far the device is with queue `index` now; None where it may not be asked."""
-    if not _may_be_asked(facts.device):
+    if not may_be_asked(facts.device):
         return None
     told = _ask_queue(monitor, facts.backend_path, index)
     return None if told is None else told.positions
 
 
-def _may_be_asked(device: Device) -> bool:
+def may_be_asked(device: Device) -> bool:
+    """Tell whether `x-query-virtio-queue-status` of the device reads QEMU's own record only."""
     return (
         device.backend is BackendKind.QEMU and not device.vhost_started and device.kind in _IN_QEMU
     )
