@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "draw": NOUNS | {"virtio", "diagnose"},
     "incident": PUBLIC | {"draw"},
     "watch": PUBLIC | {"draw", "incident"},
-    "cli": PUBLIC | {"lab", "qmp", "draw", "incident", "watch"},
+    "top": PUBLIC | {"draw", "watch"},
+    "cli": PUBLIC | {"lab", "qmp", "draw", "incident", "watch", "top"},
     "__main__": {"cli"},
 }
 DOES_IO = {
@@ -52,7 +53,7 @@ DOES_IO = {
 }
 PURE = ("virtio/", "diagnose/", "draw/", "incident/redact", "watch/policy")
 ASYNCIO = ("qmp/", "lab/relay", "vmm/monitor")
-PRINTS = ("cli/",)
+PRINTS = ("cli/", "top/")
 
 
 def room(file: Path) -> str:

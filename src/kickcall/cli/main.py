@@ -18,6 +18,7 @@ from kickcall.cli import (
     lab,
     machines,
     qmp,
+    top,
     trace,
     vmcore,
     watch,
@@ -82,6 +83,7 @@ app.command()(events.kick)
 app.command()(events.call)
 app.command()(qmp.qmp)
 app.command()(watch.watch)
+app.command()(top.top)
 app.command()(journal.journal)
 app.command()(bundle.bundle)
 app.add_typer(lab.app, name="lab")

@@ -1,0 +1,51 @@
+"""`kickcall top`: all machines, devices and queues in a terminal, worst first."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kickcall.cli.arguments import complete_machine, seconds_of
+from kickcall.cli.journal import JournalOption
+
+
+def top(
+    machines: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MACHINE]...",
+            help="Names, pids or qmp:PATHs; all that run here if none is given.",
+            autocompletion=complete_machine,
+            show_default=False,
+        ),
+    ] = None,
+    refresh: Annotated[
+        str, typer.Option("--refresh", metavar="T", help="Between two drawings.")
+    ] = "250ms",
+    journal: JournalOption = None,
+) -> None:
+    """Show all machines, devices and queues live, worst first; Enter opens the path of a queue.
+
+    Reads only, until you press k or c and confirm what will be written. Needs the extra
+    kickcall[top].
+
+    \b
+    kickcall top
+    kickcall top vm0 --refresh 1s
+    """
+    from kickcall.errors import UsageError
+    from kickcall.watch.feed import Feed
+
+    seconds = seconds_of(refresh)
+    if not 0.05 <= seconds <= 60:
+        raise UsageError("--refresh must be from 50ms to 1m")
+    try:
+        from kickcall.top.app import Top
+    except ModuleNotFoundError as exc:
+        raise UsageError(
+            f"kickcall top needs {exc.name}: pip install 'kickcall[top]' (or watch without it: "
+            "kickcall watch)"
+        ) from exc
+    with Feed(machines or [], "kickcall top", journal) as feed:
+        Top(feed, every_s=seconds, count=bool(machines)).run()

@@ -1,0 +1,1 @@
+"""`kickcall top`: all machines, devices and queues in a terminal, worst first."""
