@@ -29,6 +29,11 @@ nc                    netcat-openbsd
 gcc                   gcc
 objcopy               binutils
 /usr/include/stdio.h  libc6-dev
+libvirtd              libvirt-daemon
+virt-qemu-run         libvirt-daemon-driver-qemu
+virsh                 libvirt-clients
+pkg-config            pkg-config
+/usr/include/libvirt  libvirt-dev
 systemd-analyze       systemd
 '
 BENCH='
@@ -120,6 +125,19 @@ unpack_promtool() {
     return "$got"
 }
 
+# libvirt's Python binding, which PyPI has no wheel of: it is built, against this system's library.
+need_binding() {
+    [ -x .venv/bin/python ] || need_environment run
+    .venv/bin/python -c 'import libvirt' 2>/dev/null && return
+    headers='from sysconfig import get_path as p; open(p("include") + "/Python.h")'
+    if present apt-get && ! .venv/bin/python -c "$headers" 2>/dev/null; then
+        install_packages "$(.venv/bin/python -c 'import sys
+print("python%d.%d-dev" % sys.version_info[:2])')"
+    fi
+    say "pip install libvirt-python"
+    pip_install --group rigs
+}
+
 # The lab downloads its guest once, with apt-get, which has to know the archive for that.
 need_package_lists() {
     cache=${KICKCALL_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/kickcall}
@@ -184,13 +202,14 @@ if present flock; then
 fi
 programs=
 promtool=
+binding=
 for what; do
     case $what in
     run) ready .venv/.kickcall-dev || need_environment run ;;
     dev) need_environment dev dev ;;
     docs) need_environment docs docs ;;
     lab) programs="$programs$LAB" ;;
-    rigs) programs="$programs$RIGS" promtool=wanted ;;
+    rigs) programs="$programs$RIGS" promtool=wanted binding=wanted ;;
     bench) programs="$programs$BENCH" ;;
     *) fail "nothing is called $what here: run, dev, docs, lab, rigs, bench" ;;
     esac
@@ -200,3 +219,4 @@ if [ -n "$programs" ]; then
     need_package_lists
 fi
 [ -z "$promtool" ] || need_promtool
+[ -z "$binding" ] || need_binding

@@ -9,6 +9,7 @@ from kickcall.devices.base import device_class, offers, parse_event
 from kickcall.errors import DeviceNotFoundError, KickcallError, UsageError
 from kickcall.model import DeviceEvent, Via
 from kickcall.vmm import observe
+from kickcall.vmm.domains import borrow_of
 from kickcall.vmm.find import resolve
 from kickcall.vmm.monitor import CONNECT_TIMEOUT, borrow
 from kickcall.vmm.served import machine_served_at, served_monitor
@@ -46,8 +47,8 @@ def attach(
 ) -> AttachedMachine:
     """Map a running machine and return a handle on it.
 
-    `target` is a name, a pid, or `qmp:PATH`. The machine's monitor is borrowed for some
-    milliseconds, and the machine is not stopped. A `kickcall qmp` that holds the monitor is used
+    `target` is a name, a pid, `libvirt:DOMAIN` or `qmp:PATH`. The machine's monitor is borrowed for
+    some milliseconds, and the machine is not stopped. A `kickcall qmp` that holds the monitor is used
     by itself. `timeout` (seconds) bounds the wait for a held monitor; `monitor` replaces the
     search for one.
 
@@ -62,8 +63,7 @@ def attach(
             ours = path is not None
         else:
             ours = machine_served_at(path) is not None
-        paths = [path] if path is not None else [address.path for address in machine.monitors]
-        monitor = borrow(paths)
+        monitor = borrow([path]) if path is not None else borrow_of(machine)
     return AttachedMachine(VmmSession(machine, monitor, monitor_is_ours=ours, timeout=timeout))
 
 

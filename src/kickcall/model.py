@@ -57,6 +57,16 @@ class MonitorAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class Domain:
+    """A machine's libvirt domain: libvirt holds a monitor of it, and passes commands on."""
+
+    name: str
+    uuid: str
+    monitor: MonitorAddress
+    """libvirt's own. Nobody else connects to it: after a restart libvirt would find it taken."""
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """A running VM: one VMM process."""
 
@@ -68,7 +78,12 @@ class Machine:
     version: str
     """QEMU's version as its monitor or its binary says it; empty where neither could be asked."""
     monitors: tuple[MonitorAddress, ...]
+    """Those that anybody may use: libvirt's is not among them."""
     command: tuple[str, ...]
+    domain: Domain | None = None
+    """None where libvirt did not start the machine."""
+    number: str = ""
+    """Proxmox VE's VMID; empty elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

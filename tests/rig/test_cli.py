@@ -58,7 +58,7 @@ COUNTER_KEYS = {"count", "avail_idx", "used_idx"}
 
 def test_vms(zoo: LabMachine) -> None:
     (machine,) = (one for one in told("vms")["machines"] if one["name"] == zoo.name)
-    assert set(machine) == {"pid", "name", "version", "monitors", "served_at"}
+    assert set(machine) == {"pid", "name", "version", "monitors", "domain", "vmid", "served_at"}
     assert machine["pid"] == zoo.pid
     assert len(machine["monitors"]) == 3  # two for users, one for the lab
     table = printed("vms")

@@ -82,6 +82,8 @@ def test_vms_lists_name_version_and_monitors(tmp_path: Path) -> None:
             "name": "vm0",
             "version": installed_version(),
             "monitors": [str(path)],
+            "domain": None,
+            "vmid": None,
             "served_at": None,
         }
 

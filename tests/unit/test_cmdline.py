@@ -204,7 +204,7 @@ def test_a_client_socket_in_json_is_no_monitor() -> None:
 LIBVIRT = """
 /usr/bin/qemu-system-x86_64 -name guest=web,debug-threads=on -S
 -object {"qom-type":"secret","id":"masterKey0","format":"raw","file":"/k.aes"}
--machine pc-q35-7.2,usb=off -no-user-config -nodefaults
+-machine pc-q35-7.2,usb=off -uuid 9728432e-0b15-4e79-bf6f-2a1046814fd3 -no-user-config -nodefaults
 -chardev socket,id=charmonitor,fd=30,server=on,wait=off
 -mon chardev=charmonitor,id=monitor,mode=control -rtc base=utc
 -chardev socket,id=charchannel0,fd=29,server=on,wait=off
@@ -212,9 +212,17 @@ LIBVIRT = """
 """
 
 
-def test_libvirts_command_line() -> None:
-    said = parse(LIBVIRT.split())
+def test_libvirts_monitor_is_told_from_those_that_anybody_may_use() -> None:
+    said = parse([*LIBVIRT.split(), "-qmp", "unix:/a,server"])
     assert said.name == "web"
+    assert said.uuid == "9728432e-0b15-4e79-bf6f-2a1046814fd3"
+    assert said.libvirt == SocketSpec(fd=30)
+    assert said.qmp == (SocketSpec(path="/a"),)
+
+
+def test_a_monitor_that_is_only_called_like_libvirts_is_anybodys() -> None:
+    said = parse(LIBVIRT.replace("-uuid", "-smbios").split())
+    assert said.libvirt is None
     assert said.qmp == (SocketSpec(fd=30),)
 
 
@@ -222,12 +230,13 @@ def test_older_libvirts_command_line() -> None:
     path = "/var/lib/libvirt/qemu/domain-1-web/monitor.sock"
     said = parse(
         [
-            *("qemu-system-x86_64", "-name", "guest=web"),
+            *("qemu-system-x86_64", "-name", "guest=web", "-uuid", "9728432e-0b15-4e79"),
             *("-chardev", f"socket,id=charmonitor,path={path},server,nowait"),
             *("-mon", "chardev=charmonitor,id=monitor,mode=control"),
         ]
     )
-    assert said.qmp == (SocketSpec(path=path),)
+    assert said.libvirt == SocketSpec(path=path)
+    assert said.qmp == ()
 
 
 def test_several_monitors_come_in_the_order_in_which_they_were_given() -> None:
@@ -293,3 +302,22 @@ def test_any_name_and_path_survive_when_their_commas_are_doubled(text: str) -> N
     quoted = text.replace(",", ",,")
     assert name("-name", f"guest={quoted}") == text
     assert monitors("-qmp", f"unix:path={quoted},server=on") == (SocketSpec(path=text),)
+
+
+def test_proxmoxs_command_line_has_a_number_and_one_monitor_to_use() -> None:
+    """As `qm showcmd` prints it, of PVE 8."""
+    said = parse(
+        [
+            *("/usr/bin/kvm", "-id", "100", "-name", "web,debug-threads=on", "-no-shutdown"),
+            "-chardev",
+            "socket,id=qmp,path=/var/run/qemu-server/100.qmp,server=on,wait=off",
+            *("-mon", "chardev=qmp,mode=control"),
+            "-chardev",
+            "socket,id=qmp-event,path=/var/run/qmeventd.sock,reconnect=5",
+            *("-mon", "chardev=qmp-event,mode=control"),
+            *("-pidfile", "/var/run/qemu-server/100.pid", "-daemonize"),
+        ]
+    )
+    assert (said.name, said.number) == ("web", "100")
+    assert said.qmp == (SocketSpec(path="/var/run/qemu-server/100.qmp"),)
+    assert said.libvirt is None

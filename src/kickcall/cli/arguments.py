@@ -33,7 +33,7 @@ MachineArgument = Annotated[
     str,
     typer.Argument(
         metavar="MACHINE",
-        help="A name, a pid, or qmp:PATH.",
+        help="A name, a pid, libvirt:DOMAIN, or qmp:PATH.",
         autocompletion=complete_machine,
         show_default=False,
     ),

@@ -10,7 +10,10 @@ import typer
 
 def qmp(
     machine: Annotated[
-        str, typer.Argument(help="Name, pid, or qmp:PATH of a running QEMU.", show_default=False)
+        str,
+        typer.Argument(
+            help="Name, pid, libvirt:DOMAIN, or qmp:PATH of a running QEMU.", show_default=False
+        ),
     ],
     listen: Annotated[
         Path,
@@ -41,6 +44,7 @@ def qmp(
     \b
     kickcall qmp vm0 --listen /run/vm0.qmp
     kickcall qmp qmp:/var/run/qemu/vm0.sock --listen /run/vm0.qmp
+    kickcall qmp libvirt:vm0 --listen /run/vm0.qmp
     kickcall qmp vm0 --listen /run/vm0.qmp --allow-pause
     qmp-shell /run/vm0.qmp
     socat - UNIX-CONNECT:/run/vm0.qmp
@@ -48,6 +52,7 @@ def qmp(
     from kickcall.cli.journal import warn
     from kickcall.errors import MonitorBusyError, MonitorError, MonitorGoneError, UsageError
     from kickcall.qmp.server import Callbacks, Ended, run
+    from kickcall.qmp.upstream import Greeted, greet
     from kickcall.vmm.find import resolve
     from kickcall.vmm.served import served_monitor
     from kickcall.watch.witness import JournalWitness
@@ -59,11 +64,20 @@ def qmp(
     if held is not None:
         raise MonitorBusyError(f"a kickcall qmp serves machine {found.name} already: {held}")
     paths = [path] if path else [monitor.path for monitor in found.monitors]
+    through_libvirt = f"libvirt:{found.domain.name}" if found.domain and not path else None
+    if through_libvirt is not None:
+        paths.append(through_libvirt)
     if not paths:
         raise MonitorError(
             f"machine {found.name} (pid {found.pid}) has no QMP monitor: "
             "start its QEMU with -qmp unix:PATH,server=on,wait=off"
         )
+
+    def take_domain(_: str) -> Greeted:
+        from kickcall.qmp.domain import greet_domain
+
+        return greet_domain(found)
+
     callbacks = Callbacks(
         listening=lambda where: typer.echo(
             f"listening on {where} (machine {found.name}, pid {found.pid}); try: qmp-shell {where}"
@@ -74,7 +88,8 @@ def qmp(
     )
     for upstream in paths:
         try:
-            ended = run(found.pid, found.start_time, upstream, str(listen), callbacks)
+            taken = take_domain if upstream == through_libvirt else greet
+            ended = run(found.pid, found.start_time, upstream, str(listen), callbacks, taken)
             break
         except (MonitorBusyError, MonitorGoneError):
             # Another of the machine's monitors may be free.

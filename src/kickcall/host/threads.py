@@ -7,10 +7,15 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kickcall.host.processes import comm, pids
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _TFD = re.compile(r"^tfd:\s*(\d+)", re.M)
+_NSPID = re.compile(r"^NSpid:.*?(\d+)$", re.M)
 _X86_64 = (
     "read=0 poll=7 select=23 pause=34 nanosleep=35 accept=43 recvfrom=45 recvmsg=47 wait4=61 "
     "rt_sigtimedwait=128 futex=202 restart_syscall=219 clock_nanosleep=230 epoll_wait=232 "
@@ -84,6 +89,35 @@ def threads_of(pid: int) -> tuple[Thread, ...]:
     except OSError:
         return ()
     return tuple(thread(pid, tid) for tid in sorted(map(int, names)))
+
+
+def inner_tids(pid: int) -> dict[int, int]:
+    """Return the threads of process `pid`: by the number that it has itself for each, ours.
+
+    The two differ in a container: the process counts in a pid namespace of its own. The last field
+    of `NSpid` is the number in the innermost one (proc(5), Linux 4.1).
+    """
+    found: dict[int, int] = {}
+    try:
+        names = os.listdir(f"/proc/{pid}/task")
+        if os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid"):
+            return {int(name): int(name) for name in names}
+    except OSError:
+        return found
+    for name in names:
+        try:
+            status = Path(f"/proc/{pid}/task/{name}/status").read_text(errors="replace")
+        except OSError:  # it ended while we looked
+            continue
+        if match := _NSPID.search(status):
+            found[int(match[1])] = int(name)
+    return found
+
+
+def as_here(pid: int, told: Iterable[int]) -> list[int]:
+    """Return our numbers of threads that process `pid` told its own of, in ascending order."""
+    inner = inner_tids(pid)
+    return sorted({inner.get(tid, tid) for tid in told})
 
 
 def vhost_workers(pid: int) -> tuple[Thread, ...]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kickcall.devices.base import Witness
     from kickcall.qmp.event_command import EventRequest
     from kickcall.qmp.executor import Attached
+    from kickcall.qmp.upstream import Greeted
     from kickcall.vmm.monitor import BorrowMonitor
 
 MAX_CLIENTS: Final = 64
@@ -152,9 +153,11 @@ async def serve(
     listen_path: str,
     callbacks: Callbacks | None = None,
     attach: Callable[[int, BorrowMonitor], Attached] = attach,
+    greet: Callable[[str], Greeted] = greet,
 ) -> Ended:
     """Serve the monitor of the machine `pid` on `listen_path` until it ends or a signal comes.
 
+    `greet` takes the monitor at `upstream_path` (in a thread).
     Raises ListenError, MonitorError and their kin before the first client is taken in.
     """
     callbacks = callbacks or Callbacks()
@@ -228,10 +231,15 @@ async def serve(
 
 
 def run(
-    pid: int, start_time: int, upstream_path: str, listen_path: str, callbacks: Callbacks
+    pid: int,
+    start_time: int,
+    upstream_path: str,
+    listen_path: str,
+    callbacks: Callbacks,
+    greet: Callable[[str], Greeted] = greet,
 ) -> Ended:
     """Do what `serve` does, in an event loop of its own. To be called in the main thread."""
-    return asyncio.run(serve(pid, start_time, upstream_path, listen_path, callbacks))
+    return asyncio.run(serve(pid, start_time, upstream_path, listen_path, callbacks, greet=greet))
 
 
 def _warn(callbacks: Callbacks, error: Exception | None) -> None:

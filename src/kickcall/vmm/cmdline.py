@@ -1,4 +1,4 @@
-"""What a QEMU command line says of a machine: its name and its QMP monitors. Pure."""
+"""What a QEMU command line says of a machine: its names and its QMP monitors. Pure."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ class CommandLine:
     name: str
     """The guest's name, empty where none was given."""
     qmp: tuple[SocketSpec, ...]
+    """The monitors that anybody may use."""
+    uuid: str = ""
+    number: str = ""
+    """Proxmox VE's VMID: its QEMU knows the option `-id`."""
+    libvirt: SocketSpec | None = None
+    """The monitor that libvirt made for itself; None where another one started this QEMU."""
 
 
 def split_options(text: str, implied: str = "") -> dict[str, str]:
@@ -143,7 +149,10 @@ def _legacy(text: str) -> SocketSpec | None:
     return None
 
 
-_OPTIONS = frozenset({"name", "qmp", "qmp-pretty", "chardev", "mon"})
+_OPTIONS = frozenset({"name", "uuid", "id", "qmp", "qmp-pretty", "chardev", "mon"})
+_LIBVIRTS = "charmonitor"
+"""What libvirt calls the character device of its monitor (libvirt: qemu_command.c,
+qemuBuildMonitorCommandLine), since version 0.7 and in 12. It gives each domain a `-uuid`, too."""
 
 
 def parse(arguments: Sequence[str]) -> CommandLine:
@@ -151,7 +160,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
 
     Options may be written with one dash or two; what is not understood is passed over.
     """
-    name = ""
+    name = uuid = number = ""
     chardevs: dict[str, SocketSpec] = {}
     monitors: list[str | SocketSpec] = []
     words = iter(arguments)
@@ -162,6 +171,10 @@ def parse(arguments: Sequence[str]) -> CommandLine:
         match option:
             case "name":
                 name = _options(value, "guest").get("guest", name)
+            case "uuid":
+                uuid = value
+            case "id":
+                number = value
             case "qmp" | "qmp-pretty":
                 if value.startswith("chardev:"):
                     monitors.append(value.removeprefix("chardev:"))
@@ -174,5 +187,10 @@ def parse(arguments: Sequence[str]) -> CommandLine:
                 options = _options(value, "chardev")
                 if options.get("mode") == "control":
                     monitors.append(options.get("chardev", ""))
+    libvirt = None
+    if uuid and _LIBVIRTS in monitors:
+        monitors.remove(_LIBVIRTS)
+        libvirt = chardevs.get(_LIBVIRTS)
     found = [chardevs.get(monitor) if isinstance(monitor, str) else monitor for monitor in monitors]
-    return CommandLine(name, tuple(spec for spec in found if spec is not None))
+    usable = tuple(spec for spec in found if spec is not None)
+    return CommandLine(name, usable, uuid, number, libvirt)

@@ -21,7 +21,7 @@ from kickcall.errors import (
     PrivilegeError,
 )
 from kickcall.host.processes import pids, start_time
-from kickcall.model import Machine, MonitorAddress
+from kickcall.model import Domain, Machine, MonitorAddress
 from kickcall.vmm import cmdline
 
 if TYPE_CHECKING:
@@ -70,7 +70,16 @@ def inspect(pid: int) -> Machine | None:
         version=_binary_version(pid),
         monitors=monitors,
         command=tuple(arguments),
+        domain=_domain(pid, said),
+        number=said.number,
     )
+
+
+def _domain(pid: int, said: cmdline.CommandLine) -> Domain | None:
+    if said.libvirt is None:
+        return None
+    monitor = _monitor(pid, said.libvirt) or MonitorAddress("", "")
+    return Domain(said.name, said.uuid, monitor)
 
 
 def _binary_version(pid: int) -> str:
@@ -110,7 +119,16 @@ def _same_root(pid: int) -> bool:
     return same and namespaces[0] == namespaces[1]
 
 
+def _same_network(pid: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net")
+    except OSError:
+        return True
+
+
 def _monitor(pid: int, spec: cmdline.SocketSpec) -> MonitorAddress | None:
+    if (spec.tcp is not None or spec.abstract is not None) and not _same_network(pid):
+        return None  # here that address is nobody's, or another machine's
     if spec.tcp is not None:
         written = f"tcp:{spec.tcp[0]}:{spec.tcp[1]}"
         return MonitorAddress(written, written)
@@ -219,19 +237,16 @@ def socket_error(path: str, exc: OSError) -> KickcallError:
 def resolve(target: str | int) -> tuple[Machine, str | None]:
     """Return the machine that `target` means, and the monitor's path where the target names one.
 
-    `target` is a name, a pid, or `qmp:PATH`; a number is a pid, while digits may be a name. Raises
-    MachineNotFoundError, NotAVmmError, MonitorGoneError or PrivilegeError.
+    `target` is a name, a pid, `libvirt:DOMAIN` or `qmp:PATH`; a number is a pid, while digits may
+    be a name, or a VMID of Proxmox VE. Raises MachineNotFoundError, NotAVmmError, MonitorGoneError
+    or PrivilegeError.
     """
     if isinstance(target, int):
         return _resolve_pid(target), None
     text = target
     if text.startswith("qmp:"):
         return _resolve_socket(text.removeprefix("qmp:"))
-    if text.startswith("libvirt:"):
-        raise MachineNotFoundError(
-            f"{text}: libvirt domains cannot be attached by this version; use the domain's name"
-        )
-    named = [machine for machine in find() if machine.name == text]
+    named = [machine for machine in find() if is_called(machine, text)]
     if len(named) == 1:
         return named[0], None
     if named:
@@ -239,9 +254,22 @@ def resolve(target: str | int) -> tuple[Machine, str | None]:
         raise MachineNotFoundError(f"{len(named)} machines are named {text!r}: use a pid ({which})")
     if text.isdigit():
         return _resolve_pid(int(text)), None
+    if text.startswith("libvirt:"):
+        raise MachineNotFoundError(
+            f"no running libvirt domain is named {text.removeprefix('libvirt:')!r}: "
+            "`kickcall vms` lists the machines that run here"
+        )
     raise MachineNotFoundError(
         f"no running QEMU is named {text!r}: `kickcall vms` lists those that run here"
     )
+
+
+def is_called(machine: Machine, text: str) -> bool:
+    """Tell whether `text` names the machine: its name, its VMID, or `libvirt:` and name or UUID."""
+    if text.startswith("libvirt:"):
+        wanted = text.removeprefix("libvirt:")
+        return machine.domain is not None and wanted in (machine.domain.name, machine.domain.uuid)
+    return bool(text) and text in (machine.name, machine.number)
 
 
 def _resolve_pid(pid: int) -> Machine:
@@ -260,8 +288,28 @@ def _resolve_pid(pid: int) -> Machine:
 def _resolve_socket(path: str) -> tuple[Machine, str]:
     from kickcall.vmm.served import machine_served_at
 
-    pid = machine_served_at(path) or peer_pid(path)
+    pid = machine_served_at(path) or _listens_for(path) or peer_pid(path)
     machine = inspect(pid)
     if machine is None:
         raise NotAVmmError(f"{path}: who listens there, process {pid}, is no QEMU")
     return machine, path
+
+
+def _listens_for(path: str) -> int | None:
+    """Return the pid of the machine that has a monitor at `path` which another process made.
+
+    libvirt does so, and hands QEMU the socket: the kernel knows only who called listen(2).
+    """
+    try:
+        wanted = os.stat(path)
+    except OSError:
+        return None
+    for machine in find():
+        addresses = [*machine.monitors, *([machine.domain.monitor] if machine.domain else [])]
+        for address in addresses:
+            try:
+                if os.path.samestat(wanted, os.stat(address.path)):
+                    return machine.pid
+            except OSError:
+                continue
+    return None

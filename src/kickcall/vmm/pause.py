@@ -63,6 +63,12 @@ def write_paused(session: VmmSession, write: RegisterWrite) -> float:
     or the guard goes on until it does.
     """
     machine = session.machine
+    if machine.domain is not None:
+        # libvirt takes the pause for somebody's wish: it writes `paused` into the domain's state,
+        # lets go of its locks, and tells everyone who manages it.
+        raise StubBusyError(
+            f"{machine.name} is a libvirt domain, and none is paused behind libvirt's back"
+        )
     if any(
         option == "-gdb" and value.startswith("chardev:")
         for option, value in pairwise(machine.command)

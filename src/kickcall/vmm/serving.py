@@ -39,7 +39,7 @@ _OURSELVES = "kickcall"
 def vcpu_threads(monitor: Monitor, pid: int) -> tuple[BackendThread, ...]:
     """Return the threads that run the guest's processors."""
     answer = monitor.execute("query-cpus-fast")
-    return _looked_at(pid, sorted({int(cpu["thread-id"]) for cpu in answer}))
+    return _looked_at(pid, threads.as_here(pid, (int(cpu["thread-id"]) for cpu in answer)))
 
 
 def main_loop(pid: int) -> tuple[BackendThread, ...]:
@@ -80,7 +80,7 @@ def qemu_threads(
         return main_loop(pid)
     for entry in monitor.execute("query-iothreads"):
         if entry["id"] == name:
-            return _looked_at(pid, [int(entry["thread-id"])])
+            return _looked_at(pid, threads.as_here(pid, [int(entry["thread-id"])]))
     return ()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kickcall.errors import MonitorError
+from kickcall.host import threads
 from kickcall.host.tracefs import in_initial_pid_namespace
 from kickcall.model import DeviceEvent, Signaller
 
@@ -94,7 +95,8 @@ def signallers_of(session: VmmSession) -> Signallers:
                 answer = monitor.execute("query-cpus-fast")
         except MonitorError:
             return frozenset()
-        return frozenset(int(cpu["thread-id"]) for cpu in answer)
+        pid = session.process.pid
+        return frozenset(threads.as_here(pid, (int(cpu["thread-id"]) for cpu in answer)))
 
     return Signallers(session.process.pid, ask, ids_are_ours=in_initial_pid_namespace())
 

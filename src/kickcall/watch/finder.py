@@ -20,7 +20,10 @@ _WHOLE = 60
 
 
 class Finder:
-    """Finds the machines that `wanted` names: by name, pid or `qmp:PATH`; all where it is empty."""
+    """Finds the machines that `wanted` names: by name, pid, `libvirt:DOMAIN` or `qmp:PATH`.
+
+    All where it is empty.
+    """
 
     def __init__(self, wanted: Iterable[str]) -> None:
         self._wanted = set(wanted)
@@ -52,7 +55,9 @@ class Finder:
         return [machine for machine in known.values() if self._is_wanted(machine)]
 
     def _is_wanted(self, machine: Machine) -> bool:
-        if not self._wanted or {machine.name, str(machine.pid)} & self._wanted:
+        if not self._wanted or str(machine.pid) in self._wanted:
+            return True
+        if any(find.is_called(machine, one) for one in self._wanted):
             return True
         return any(
             one.removeprefix("qmp:") in {address.path for address in machine.monitors}

@@ -1,0 +1,197 @@
+"""Does everything work on a libvirt domain by its name, with libvirt's own monitor?
+
+A real libvirtd, and real domains with the lab's guest. One of their disks is vhost-user, through a
+relay that can lose notifications.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kickcall.attached import attach
+from kickcall.errors import MonitorGoneError, StubBusyError
+from libvirt_host import guest_domain, libvirtd
+from witness import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kickcall.lab.image import GuestImage
+    from libvirt_host import GuestDomain, Libvirt
+
+pytestmark = [
+    pytest.mark.rig,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces for a libvirtd"),
+]
+
+KICKCALL = Path(sys.executable).with_name("kickcall")
+DISK, NET, RELAYED = "ua-blk0", "ua-net0", "ua-vub0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lv")
+
+
+@pytest.fixture(scope="module")
+def libvirt(folder: Path) -> Iterator[Libvirt]:
+    with libvirtd(folder / "a", "host-a") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def domain(libvirt: Libvirt, folder: Path, guest_image_built: GuestImage) -> Iterator[GuestDomain]:
+    """A domain called lv0 whose guest is up."""
+    with guest_domain(folder / "lv0", "lv0", guest_image_built, relay=True) as made:
+        libvirt.virsh("create", str(made.xml))
+        made.wait()
+        yield made
+
+
+def kickcall(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([KICKCALL, *words], capture_output=True, text=True, timeout=60, **how)
+
+
+def answer(*words: str) -> Any:
+    done = kickcall(*words, "--json")
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_domain_is_listed_with_its_name_and_without_libvirts_monitor(
+    libvirt: Libvirt, domain: GuestDomain
+) -> None:
+    (machine,) = (one for one in answer("vms")["machines"] if one["pid"] == libvirt.pid("lv0"))
+    assert (machine["name"], machine["domain"], machine["monitors"]) == ("lv0", "lv0", [])
+    assert "libvirt:lv0" in kickcall("vms").stdout
+
+
+@pytest.mark.parametrize("target", ["lv0", "libvirt:lv0", "uuid", "pid"])
+def test_a_domain_is_attached_by_any_of_its_names(
+    libvirt: Libvirt, domain: GuestDomain, target: str
+) -> None:
+    uuid = libvirt.virsh("domuuid", "lv0").stdout.strip()
+    meant = {"uuid": f"libvirt:{uuid}", "pid": str(libvirt.pid("lv0"))}.get(target, target)
+    with attach(meant) as machine:
+        assert machine.info.pid == libvirt.pid("lv0")
+        assert {device.info.id for device in machine.devices()} == {DISK, NET, RELAYED}
+
+
+def test_show_and_eventfd_tell_of_a_domains_queues(domain: GuestDomain) -> None:
+    devices = {one["id"]: one for one in answer("show", "libvirt:lv0")["devices"]}
+    assert [queue["queue"] for queue in devices[DISK]["queues"]] == [0, 1]
+    notifiers = answer("eventfd", "libvirt:lv0", DISK)["notifiers"]
+    assert [(one["queue"], one["event"]) for one in notifiers] == [
+        (0, "kick"),
+        (0, "call"),
+        (1, "kick"),
+        (1, "call"),
+    ]
+
+
+def test_a_call_interrupts_the_guest_of_a_domain(domain: GuestDomain) -> None:
+    before = domain.interrupts("virtio1-req.1")
+    said = answer("call", "libvirt:lv0", DISK, "--queue", "1")
+    assert said["via"] == "eventfd"
+    until(lambda: domain.interrupts("virtio1-req.1") == before + 1, "one more interrupt")
+
+
+def test_a_lost_kick_is_diagnosed_and_repaired_on_a_domain(domain: GuestDomain) -> None:
+    domain.relay.drop("kick", queue=0, count=1)
+    read = domain.guest.start("taskset -c 0 dd if=/dev/vdb of=/dev/null bs=4k count=1 iflag=direct")
+    domain.relay.wait_for("kick", 0, dropped=1)
+    verdicts = answer("diagnose", "libvirt:lv0")["verdicts"]
+    stalled = [one for one in verdicts if one["verdict"] not in ("idle", "progressing")]
+    assert [(one["device"].rpartition("/")[2], one["verdict"]) for one in stalled] == [
+        (RELAYED, "lost-kick")
+    ]
+    answer("kick", "libvirt:lv0", RELAYED, "--queue", "0")
+    assert read.wait(timeout=20).status == 0
+
+
+def test_no_domain_is_paused_behind_libvirts_back(libvirt: Libvirt, domain: GuestDomain) -> None:
+    with attach("libvirt:lv0") as machine, pytest.raises(StubBusyError, match="behind libvirt's"):
+        machine.device(NET).queue(0).call(allow_pause=True)
+    assert libvirt.virsh("domstate", "lv0", "--reason").stdout.strip() == "running (booted)"
+
+
+def test_the_rfcs_command_is_served_on_a_domain(domain: GuestDomain, folder: Path) -> None:
+    path = folder / "qmp"
+    before = domain.interrupts("virtio1-req.0")
+    with subprocess.Popen(
+        [KICKCALL, "qmp", "libvirt:lv0", "--listen", path], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert "listening" in server.stdout.readline()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(20)
+            sock.connect(str(path))
+            with sock.makefile("rw") as lines:
+                assert json.loads(lines.readline())["QMP"]["capabilities"] == []
+                for number, (command, arguments) in enumerate(
+                    [
+                        ("qmp_capabilities", {}),
+                        (
+                            "x-debug-device-event",
+                            {"dev": f"/machine/peripheral/{DISK}", "event": "call", "queue": 0},
+                        ),
+                        ("stop", {}),
+                        ("cont", {}),
+                        ("query-nothing", {}),
+                    ]
+                ):
+                    asked = {"execute": command, "arguments": arguments, "id": [number, "é"]}
+                    lines.write(json.dumps(asked) + "\n")
+                lines.flush()
+                replies: list[dict[str, Any]] = []
+                events: list[str] = []
+                while len(replies) < 5 or len(events) < 2:
+                    said = json.loads(lines.readline())
+                    if "event" in said:
+                        events.append(said["event"])
+                    else:
+                        replies.append(said)
+        # Other commands go through it.
+        assert answer("show", "lv0")["run_state"] == "running"
+        server.terminate()
+        assert server.wait(20) == 0
+    by_number = {one["id"][0]: one for one in replies}
+    assert [by_number[number].get("return") for number in range(4)] == [{}] * 4
+    assert by_number[4]["error"]["class"] == "CommandNotFound"
+    assert events == ["STOP", "RESUME"]
+    until(lambda: domain.interrupts("virtio1-req.0") == before + 1, "one more interrupt")
+
+
+def test_without_the_binding_one_line_says_what_to_install(domain: GuestDomain) -> None:
+    without = (
+        "import sys; sys.modules['libvirt'] = None; sys.argv = ['kickcall', 'show', 'lv0'];"
+        "from kickcall.cli.main import run; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert "lv0: its monitor is libvirt's" in done.stderr
+    assert "pip install 'kickcall[libvirt]'" in done.stderr
+
+
+def test_libvirt_may_be_restarted_under_an_attached_domain(
+    libvirt: Libvirt, domain: GuestDomain
+) -> None:
+    with attach("libvirt:lv0") as machine:
+        libvirt.stop()
+        with pytest.raises(MonitorGoneError, match="lv0: its monitor is libvirt's, and no libvirt"):
+            machine.refresh()
+        # What needs no monitor goes on.
+        machine.device(DISK).queue(0).state()
+        machine.device(DISK).queue(0).call()
+        libvirt.start()
+        machine.refresh()
+        assert machine.run_state == "running"
