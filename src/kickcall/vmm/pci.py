@@ -22,8 +22,11 @@ LEGACY_QUEUE_NOTIFY = 16
 def legacy_notify_port(monitor: Monitor, device: Device) -> int | None:
     """Return the I/O port that kicks `device`, or None where it has none that is mapped.
 
-    Only a transitional device has one: BAR 0, in I/O space.
+    Only a transitional device has one: BAR 0, in I/O space. On machines whose processors have no
+    ports (arm virt) that space is memory, which HMP `o` does not reach: there it is none, either.
     """
+    from kickcall.vmm.interrupts import flat_view  # which needs `functions` itself
+
     try:
         buses = monitor.execute("query-pci")
     except QmpCommandError:
@@ -36,7 +39,10 @@ def legacy_notify_port(monitor: Monitor, device: Device) -> int | None:
             return None
         for region in entry["regions"]:
             if region["bar"] == 0 and region["type"] == "io" and region["address"] > 0:
-                return int(region["address"]) + LEGACY_QUEUE_NOTIFY
+                start = int(region["address"])
+                ports = flat_view(monitor.hmp("info mtree -f"), "I/O")
+                if any(one.start == start and one.name == "virtio-pci" for one in ports):
+                    return start + LEGACY_QUEUE_NOTIFY
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which register is a virtio-pci queue's kick, and which message its call, to write them by hand?
+"""Which register is a virtio queue's kick, and which message its call, to write them by hand?
 
 Answered with what proves it at the moment of the write (`vmm/pause.py`), or with the reason why a
 write by a processor, which is what it will look like, would not be what the device does.
@@ -10,7 +10,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from kickcall.model import DeviceEvent
-from kickcall.vmm import interrupts
+from kickcall.vmm import interrupts, mmio_transport
 from kickcall.vmm.pause import RegisterWrite
 from kickcall.vmm.pci_view import entry_check
 from kickcall.vmm.wiring import device_views, wiring_of
@@ -42,9 +42,9 @@ def register_write(
 ) -> tuple[RegisterWrite, str] | str:
     """Return what to write to raise `event`, and where that is in words; or why it cannot be."""
     function = interrupts.pci_function(monitor, mapped)
-    if function is None:
-        return f"{mapped.device.id} is no PCI device with an id: its registers are not known"
     memory, ports = device_views(monitor)
+    if function is None:
+        return mmio_transport.register_write(monitor, mapped, memory, queue, event)
     found = wiring_of(session, monitor, mapped, memory, ports)
     wiring = next(one for one in found if one.queue == queue.index)
     if event is DeviceEvent.KICK:

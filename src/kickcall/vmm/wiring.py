@@ -4,7 +4,7 @@ The doorbell of a queue is where the driver's kick is written to: in the notify 
 notify offset times the multiplier (virtio 1.4, 4.1.4.4), which in QEMU are the queue's number and
 4, or 4096 with `page-per-vq` (hw/virtio/virtio-pci.c, virtio_pci_queue_mem_mult); and for a
 transitional device in the legacy registers, too. The message is the queue's entry of the MSI-X
-table.
+table. A virtio-mmio device has one doorbell for all queues, and a line in place of messages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kickcall.errors import KickcallError, QmpCommandError
-from kickcall.vmm import interrupts
+from kickcall.vmm import interrupts, mmio_transport
 from kickcall.vmm.pci import LEGACY_QUEUE_NOTIFY
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ def wiring_of(
     notify = None if function is None else _notify_region(function, memory)
     legacy = None if function is None else _legacy_port(function, ports)
     multiplier = _multiplier(monitor, mapped) if notify is not None else 0
+    registers: int | str = "on PCI"
+    if function is None:
+        registers = mmio_transport.registers_at(monitor, mapped, memory)
+        if isinstance(registers, int):
+            no_table = "its interrupt is a line that all its queues share (virtio-mmio)"
     found = []
     for number in range(mapped.device.num_queues):
         try:
@@ -112,6 +117,10 @@ def wiring_of(
             doorbells.append(Doorbell("mmio", at, (0, _WRITE), None))
         if legacy is not None:
             doorbells.append(Doorbell("pio", legacy, (_WRITE,), number))
+        if isinstance(registers, int):
+            # hw/virtio/virtio-mmio.c, virtio_mmio_ioeventfd_assign
+            at = registers + mmio_transport.QUEUE_NOTIFY
+            doorbells.append(Doorbell("mmio", at, (4,), number))
         vector = interrupts.queue_vector(session, mapped, number)
         message, no_message = _message(table, no_table, vector)
         found.append(
