@@ -382,7 +382,7 @@ def guest_arguments(spec: MachineSpec, folder: str, image: GuestImage, *, kvm: b
         *("-cpu", "host" if kvm else board.cpu),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
         "-append",
-        f"console={board.console} lab.agent={board.agent} quiet panic=-1 tsc=reliable"
+        f"{board.kernel_words(kvm=kvm)} quiet panic=-1 tsc=reliable"
         f"{addresses} {spec.kernel_arguments}".strip(),
         *("-chardev", f"file,id=lab-console,path={folder}/console.log,append=on"),
         *("-serial", "chardev:lab-console"),
