@@ -7,6 +7,7 @@ A real one, with root's rights and the system's paths, in mount and UTS namespac
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import time
@@ -105,11 +106,16 @@ class Libvirt:
 
 
 @contextlib.contextmanager
-def libvirtd(folder: Path, name: str) -> Iterator[Libvirt]:
-    """Run a libvirtd while the block lasts; its domains end with it."""
+def libvirtd(folder: Path, name: str, like: Libvirt | None = None) -> Iterator[Libvirt]:
+    """Run a libvirtd while the block lasts; its domains end with it.
+
+    It knows what QEMU can do if one `like` it found out already.
+    """
     folder.mkdir()
     for ours in _FOLDERS:
         (folder / ours).mkdir()
+    if like is not None:
+        shutil.copytree(like.folder / "cache", folder / "cache", dirs_exist_ok=True)
     for file in _FILES:
         (folder / file).write_text(Path("/etc", file).read_text())
     with (folder / "passwd").open("a") as users, (folder / "group").open("a") as groups:

@@ -6,11 +6,13 @@ relay that can lose notifications.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ pytestmark = [
 ]
 
 KICKCALL = Path(sys.executable).with_name("kickcall")
+READ = "taskset -c 0 dd if=/dev/{} of=/dev/null bs=4k count=1 iflag=direct"
 DISK, NET, RELAYED = "ua-blk0", "ua-net0", "ua-vub0"
 
 
@@ -106,7 +109,7 @@ def test_a_call_interrupts_the_guest_of_a_domain(domain: GuestDomain) -> None:
 
 def test_a_lost_kick_is_diagnosed_and_repaired_on_a_domain(domain: GuestDomain) -> None:
     domain.relay.drop("kick", queue=0, count=1)
-    read = domain.guest.start("taskset -c 0 dd if=/dev/vdb of=/dev/null bs=4k count=1 iflag=direct")
+    read = domain.guest.start(READ.format("vdb"))
     domain.relay.wait_for("kick", 0, dropped=1)
     verdicts = answer("diagnose", "libvirt:lv0")["verdicts"]
     stalled = [one for one in verdicts if one["verdict"] not in ("idle", "progressing")]
@@ -195,3 +198,87 @@ def test_libvirt_may_be_restarted_under_an_attached_domain(
         libvirt.start()
         machine.refresh()
         assert machine.run_state == "running"
+
+
+class Watcher:
+    """A `kickcall watch --json` in the background."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self._out = folder / f"watch-{time.monotonic_ns()}"
+        journal = str(folder / "journal.db")
+        command = [str(KICKCALL), "watch", "--json", "--journal", journal, *words]
+        with self._out.open("wb") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+
+    def said(self, what: str, **fields: object) -> list[dict[str, Any]]:
+        lines = self._out.read_text().splitlines()
+        told = [json.loads(line) for line in lines if line.startswith("{")]
+        wanted = {"what": what, **fields}
+        return [one for one in told if wanted.items() <= one.items()]
+
+    def wait_for(self, what: str, **fields: object) -> dict[str, Any]:
+        until(lambda: self.said(what, **fields), f"{what} {fields} in {self._out.read_text()}")
+        return self.said(what, **fields)[0]
+
+
+@contextlib.contextmanager
+def watcher(folder: Path, *words: str) -> Iterator[Watcher]:
+    started = Watcher(folder, *words)
+    try:
+        yield started
+    finally:
+        started.process.terminate()
+        assert started.process.wait(20) == 0
+
+
+def test_the_watcher_heals_a_domain_whose_monitor_is_libvirts(
+    domain: GuestDomain, folder: Path
+) -> None:
+    with watcher(folder, "libvirt:lv0", "--heal") as watch:
+        watch.wait_for("came", machine="lv0")
+        domain.relay.drop("kick", queue=0, count=1)
+        read = domain.guest.run(READ.format("vdb"), timeout=20)
+        assert read.status == 0
+        healed = watch.wait_for("helped")
+        assert (healed["device"].rpartition("/")[2], healed["queue"]) == (RELAYED, 0)
+        assert len(watch.said("injected")) == 1
+
+
+def test_a_domain_that_migrates_is_let_go_of_here_and_watched_there(
+    libvirt: Libvirt, folder: Path, guest_image_built: GuestImage
+) -> None:
+    """From one libvirtd to another, and with the guest at work; both are on this host."""
+    with (
+        libvirtd(folder / "b", "host-b", like=libvirt) as other,
+        guest_domain(folder / "lv1", "lv1", guest_image_built) as made,
+        watcher(folder, "lv1", "--heal") as watch,
+    ):
+        libvirt.virsh("create", str(made.xml))
+        first = libvirt.pid("lv1")
+        watch.wait_for("came", machine="lv1", pid=first)
+        made.wait()
+        made.guest.start("while true; do " + READ.format("vda") + "; done")
+        libvirt.virsh("migrate", "--live", "--unsafe", "lv1", other.uri, "tcp:127.0.0.1")
+        assert (libvirt.running().count("lv1"), other.running()) == (0, ["lv1"])
+        second = other.pid("lv1")
+        assert watch.wait_for("went", pid=first)["text"] == "it migrated away"
+        watch.wait_for("came", pid=second)
+        # What ended holds nothing: neither its memory nor its notifiers.
+        held = [os.readlink(one) for one in descriptors(watch.process.pid)]
+        assert not [one for one in held if "memfd" in one]
+        with attach("libvirt:lv1") as machine:
+            assert (machine.info.pid, machine.run_state) == (second, "running")
+            before = machine.device(DISK).queue(0).state().avail_idx
+            until(
+                lambda: machine.device(DISK).queue(0).state().avail_idx != before,
+                "the guest goes on at its destination",
+            )
+        other.virsh("reset", "lv1")
+        watch.wait_for("rebooted", pid=second)
+        other.virsh("destroy", "lv1")
+        watch.wait_for("went", pid=second, text="it was destroyed")
+        assert watch.said("injected") == []
+
+
+def descriptors(pid: int) -> list[Path]:
+    return [one for one in Path(f"/proc/{pid}/fd").iterdir() if one.is_symlink()]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kickcall.errors import KickcallError
+from kickcall.host import processes
 from kickcall.vmm import domains
 
 if TYPE_CHECKING:
@@ -156,12 +157,14 @@ class DomainEvents:
     def _follow(self, machine: Machine) -> None:
         assert machine.domain is not None
         try:
-            libvirt, _ = domains.binding()
             _, address = domains.locate(machine)
         except KickcallError:
             return
-        except libvirt.libvirtError:
-            return
+        self._followed = {
+            place: one
+            for place, one in self._followed.items()
+            if processes.start_time(one[0]) == one[1]
+        }
         self._followed[address, machine.domain.uuid] = (machine.pid, machine.start_time)
         if address not in self._open:
             self._connect(address)

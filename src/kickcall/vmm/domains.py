@@ -16,6 +16,7 @@ import json
 import os
 import queue
 import threading
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +46,8 @@ _SOCKETS = ("virtqemud-sock", "libvirt-sock")
 """The daemon of the QEMU driver alone, and the one with all drivers (libvirt: daemons.rst)."""
 _VARIABLE = "LIBVIRT_DEFAULT_URI"
 _LEAVING_S = 0.5
+_STUCK_MOST = 8
+"""Each keeps one of the daemon's workers busy, of 20 (libvirtd.conf: max_workers)."""
 MISSING = (
     "its monitor is libvirt's, and libvirt's Python binding is missing: "
     "pip install 'kickcall[libvirt]' (Debian: python3-libvirt)"
@@ -126,8 +129,10 @@ class DomainMonitor:
             raise MonitorError(f"{machine.name}: {exc}") from exc
         self._lane = _Lane(machine.domain)
         try:
-            self._handle = self._lane.run(lambda: _locate(machine), timeout)
+            self._handle, self._address = self._lane.run(lambda: locate(machine), timeout)
         except _NoAnswer:
+            for address in addresses(machine):
+                _forget(address)
             raise MonitorBusyError(
                 f"{machine.name}: libvirt did not answer within {timeout:.1f} s"
             ) from None
@@ -152,6 +157,7 @@ class DomainMonitor:
                 )
             )
         except _NoAnswer:
+            _forget(self._address)
             raise MonitorTimeoutError(
                 f"{self._domain.name}: no answer through libvirt within {timeout:.0f} s: QEMU's "
                 f"main loop is stuck, or libvirt is busy (virsh domjobinfo {self._domain.name})"
@@ -196,7 +202,13 @@ class _Lane:
                 f"{domain.name}: libvirt has not answered an earlier command yet: QEMU's main loop "
                 "is stuck, or libvirt is"
             )
-        _stuck.pop(domain.uuid, None)
+        for uuid in [uuid for uuid, thread in _stuck.items() if not thread.is_alive()]:
+            _stuck.pop(uuid, None)
+        if len(_stuck) >= _STUCK_MOST:
+            raise MonitorBusyError(
+                f"{domain.name}: libvirt does not answer for {len(_stuck)} other domains, and is "
+                "asked nothing more until it does"
+            )
         self._uuid = domain.uuid
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kickcall-libvirt", daemon=True)
@@ -316,29 +328,39 @@ def connect(address: Address, *, fresh: bool = False) -> Any:
             opened = libvirt.open(f"qemu+unix:///{address.uri}?socket={path}")
     if not fresh:
         with _lock:
-            if not _connections:
-                atexit.register(_leave)
             _connections[address] = opened
     return opened
 
 
-def _leave() -> None:
-    """Close the connections at exit, for libvirt's log: but wait for no daemon that hangs."""
+def _forget(address: Address) -> None:
+    """Have the next call go over another connection: on one only five may be on their way.
+
+    (libvirtd.conf: max_client_requests.)
+    """
+    with _lock:
+        opened = _connections.pop(address, None)
+    if opened is not None:
+        _close(opened)
+
+
+def _close(opened: Any) -> threading.Thread:
+    """Have a connection closed: that asks the daemon, which may hang."""
 
     def close() -> None:
-        for opened in _connections.values():
-            with suppress(Exception):
-                opened.close()
+        with suppress(Exception):
+            opened.close()
 
-    closing = threading.Thread(target=close, daemon=True)
+    closing = threading.Thread(target=close, name="kickcall-libvirt", daemon=True)
     closing.start()
-    closing.join(_LEAVING_S)
+    return closing
 
 
-def _locate(machine: Machine) -> Any:
-    """Return libvirt's handle on the machine's domain."""
-    handle, _ = locate(machine)
-    return handle
+@atexit.register
+def _leave() -> None:
+    """Close the connections at exit, for libvirt's log; wait for no daemon that hangs."""
+    deadline = time.monotonic() + _LEAVING_S
+    for closing in [_close(opened) for opened in _connections.values()]:
+        closing.join(max(0.0, deadline - time.monotonic()))
 
 
 def locate(machine: Machine) -> tuple[Any, Address]:
@@ -368,8 +390,7 @@ def locate(machine: Machine) -> tuple[Any, Address]:
                 if exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                     problems.append("it does not know the domain")
                     break
-                with _lock:
-                    _connections.pop(address, None)
+                _forget(address)
                 if retry:
                     problems.append(str(exc.get_error_message() or exc))
     _places.pop(key, None)

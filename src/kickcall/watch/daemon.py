@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from kickcall.errors import KickcallError, MachineGoneError
 from kickcall.host import processes
+from kickcall.watch.domains import Domains
 from kickcall.watch.finder import Finder
 from kickcall.watch.happenings import Happening, What, of_machine
 from kickcall.watch.machine import WatchedMachine
@@ -62,6 +63,7 @@ class Daemon:
         self._busy: set[WatchedMachine] = set()
         self._due: list[tuple[float, int, WatchedMachine]] = []
         self._order = itertools.count()
+        self._domains = Domains(self.soon, self._scan, self._rebooted)
 
     @property
     def machines(self) -> list[WatchedMachine]:
@@ -105,6 +107,7 @@ class Daemon:
             finally:
                 self._stopping = True
                 pool.shutdown(cancel_futures=True)
+                self._domains.close("it ended")
                 for machine in {*self._machines.values(), *self._gone}:
                     with contextlib.suppress(KickcallError, OSError):
                         machine.close(gone=machine in self._gone)
@@ -136,6 +139,12 @@ class Daemon:
                 )
                 self._machines[key] = watched
                 self._schedule(watched)
+                self._domains.follow(machine)
+
+    def _rebooted(self, key: tuple[int, int]) -> None:
+        if key in self._machines and self._machines[key].came:
+            machine = self._machines[key].machine
+            self.tell(of_machine(machine, What.REBOOTED, "its guest rebooted"))
 
     def _schedule(self, machine: WatchedMachine) -> None:
         heapq.heappush(self._due, (machine.due, next(self._order), machine))
@@ -213,5 +222,9 @@ class Daemon:
             machine.close(gone=True)
         if self._onlooker is not None:
             self._onlooker.gone(machine)
-        if machine.came:
-            self.tell(of_machine(machine.machine, What.WENT, machine.ending))
+
+        def say(why: str) -> None:
+            if machine.came:
+                self.tell(of_machine(machine.machine, What.WENT, why))
+
+        self._domains.farewell(machine.machine, machine.ending, say)
