@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "draw": NOUNS | {"virtio", "diagnose"},
     "incident": PUBLIC | {"draw"},
     "watch": PUBLIC | {"draw", "incident"},
+    "serve": PUBLIC | {"draw", "watch"},
     "top": PUBLIC | {"draw", "watch"},
-    "cli": PUBLIC | {"lab", "qmp", "draw", "incident", "watch", "top"},
+    "cli": PUBLIC | {"lab", "qmp", "draw", "incident", "watch", "serve", "top"},
     "__main__": {"cli"},
 }
 DOES_IO = {
@@ -52,7 +53,7 @@ DOES_IO = {
     "time",
 }
 PURE = ("virtio/", "diagnose/", "draw/", "incident/redact", "watch/policy")
-ASYNCIO = ("qmp/", "lab/relay", "vmm/monitor")
+ASYNCIO = ("qmp/", "serve/", "lab/relay", "vmm/monitor")
 PRINTS = ("cli/", "top/")
 
 

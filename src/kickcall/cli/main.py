@@ -18,6 +18,7 @@ from kickcall.cli import (
     lab,
     machines,
     qmp,
+    serve,
     top,
     trace,
     vmcore,
@@ -84,6 +85,7 @@ app.command()(events.call)
 app.command()(qmp.qmp)
 app.command()(watch.watch)
 app.command()(top.top)
+app.command()(serve.serve)
 app.command()(journal.journal)
 app.command()(bundle.bundle)
 app.add_typer(lab.app, name="lab")

@@ -64,6 +64,8 @@ _SHORTER = {
     "MSI-X vector masked": "masked",
     "MSI-X vector pending": "pending",
 }
+_NOTHING_PENDING = ("MSI-X vector pending", "no")
+"""Says nothing, and there is little room."""
 _NOT_OF_THE_PATH = frozenset(
     {VerdictKind.UNKNOWN, VerdictKind.DEVICE_NOT_READY, VerdictKind.VM_NOT_RUNNING}
 )
@@ -175,7 +177,7 @@ def _values(number: int, values: dict[str, object]) -> str:
     return ", ".join(
         f"{_SHORTER.get(what, what)} {printable(values[what], 40)}"
         for what in _SEEN_ON[number]
-        if what in values
+        if what in values and (what, values[what]) != _NOTHING_PENDING
     )
 
 

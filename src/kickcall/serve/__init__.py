@@ -1,0 +1,1 @@
+"""`kickcall serve`: the same as `kickcall top`, as a page."""
