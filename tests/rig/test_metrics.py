@@ -1,0 +1,321 @@
+"""Do the alert rules and the dashboard say what a real watcher's numbers mean?
+
+One run of a real watcher is recorded as Prometheus would scrape it, and given to promtool as if
+15 s lay between two scrapes: at first all is well, then a kick is lost and healed, then a driver
+does not reap whatever is injected, then the journal cannot be written, and at the end nobody
+answers. One machine's monitor is held by somebody all the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kickcall.lab.qtest import boot_without_guest
+from kickcall.lab.spec import MachineSpec, VirtioBlk
+from kickcall.watch.policy import Rules
+from markdown_pages import ROOT
+from watcher import PATIENCE_S, Watcher, disks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.rig
+
+RULES = ROOT / "contrib" / "prometheus" / "kickcall.rules.yml"
+DASHBOARD = ROOT / "contrib" / "grafana" / "kickcall.json"
+SCRAPED_EVERY_S = 0.25
+SAID_TO_BE_S = 15
+ADDED = {"job": "kickcall", "instance": "host1"}
+"""Labels that Prometheus itself adds to what it scrapes."""
+
+Series = tuple[str, tuple[tuple[str, str], ...]]
+
+
+@dataclass
+class Recording:
+    """What was scraped, and when what was going on."""
+
+    scrapes: list[dict[Series, float]] = field(default_factory=list)
+    text: str = ""
+    """The last, as it came."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """The last scrape of each phase."""
+
+    def scrape(self, url: str) -> None:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+            self.text = answer.read().decode()
+        self.scrapes.append(
+            {
+                (one.name, tuple(sorted((one.labels | ADDED).items()))): one.value
+                for family in text_string_to_metric_families(self.text)
+                for one in family.samples
+            }
+            | {("up", tuple(sorted(ADDED.items()))): 1.0}
+        )
+
+    def last(self, name: str) -> float:
+        """Return the latest value of what has no labels of its own."""
+        return self.scrapes[-1][name, tuple(sorted(ADDED.items()))]
+
+    def end_of(self, phase: str) -> str:
+        """Return a time in the terms of promtool."""
+        return f"{self.phases[phase] * SAID_TO_BE_S}s"
+
+    def input_series(self) -> list[dict[str, str]]:
+        """Return everything as promtool wants it."""
+        known = sorted({series for scrape in self.scrapes for series in scrape})
+        return [
+            {
+                "series": f"{name}{{{','.join(f'{key}={json.dumps(text)}' for key, text in of)}}}",
+                # Prometheus marks what it does not find any more.
+                "values": " ".join(
+                    "stale" if value is None else f"{value * faster(name):.9f}"
+                    for value in (scrape.get((name, of)) for scrape in self.scrapes)
+                ),
+            }
+            for name, of in known
+        ]
+
+
+def faster(name: str) -> float:
+    """Return by how much a value grows where time is said to go by faster than it did."""
+    return SAID_TO_BE_S / SCRAPED_EVERY_S if name == "kickcall_oldest_request_age_seconds" else 1.0
+
+
+@contextlib.contextmanager
+def scraping(url: str, recording: Recording) -> Iterator[Callable[[str], None]]:
+    """Scrape, again and again; what is given names the phase that ends now."""
+    stopping = threading.Event()
+
+    def scrape() -> None:
+        while not stopping.wait(SCRAPED_EVERY_S):
+            recording.scrape(url)
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+
+    def ended(phase: str) -> None:
+        recording.phases[phase] = len(recording.scrapes) - 1
+
+    try:
+        yield ended
+    finally:
+        stopping.set()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    """A watcher's run, recorded."""
+    folder = tmp_path_factory.mktemp("metrics")
+    journal = folder / "journal.db"
+    name = f"metrics-{os.getpid()}"
+    recorded = Recording()
+    held = MachineSpec(name=f"{name}-held", devices=(VirtioBlk(),), lab_monitor=False)
+    with (
+        boot_without_guest(held) as other,
+        socket.socket(socket.AF_UNIX) as holder,
+        disks(name) as (_, disk),
+        contextlib.closing(
+            Watcher(name, f"{name}-held", "--heal", "--metrics", "0", "--journal", str(journal))
+        ) as watcher,
+    ):
+        holder.connect(str(other.qmp_path))
+        url = watcher.wait_for("metrics")["url"]
+        watcher.wait_for("came", machine=name)
+        watcher.wait_for("not-watched", machine=f"{name}-held")
+        with scraping(url, recorded) as ended:
+            time.sleep(10 * SCRAPED_EVERY_S)
+            ended("all is well")
+            disk.queues[0].publish_request()
+            watcher.wait_for("helped")
+            disk.queues[0].set_used_event(1)  # type: ignore[union-attr]
+            time.sleep(6 * SCRAPED_EVERY_S)
+            ended("healed")
+            # The work is done and nobody reaps it, call or no call.
+            disk.queues[1].publish_request()
+            disk.queues[1].kick()
+            watcher.wait_for("refuted", Rules().queue.refuted)
+            time.sleep(8 * SCRAPED_EVERY_S)
+            ended("refuted")
+            with sqlite3.connect(journal, isolation_level=None) as other_writer:
+                other_writer.execute("BEGIN IMMEDIATE")
+                disk.queues[2].publish_request()
+                watcher.wait_for("alert", device="/machine/peripheral/blk0", queue=1)
+                while recorded.last("kickcall_journal_up"):
+                    time.sleep(SCRAPED_EVERY_S)
+                time.sleep(6 * SCRAPED_EVERY_S)
+                ended("no journal")
+                other_writer.execute("ROLLBACK")
+            other_writer.close()
+    return recorded
+
+
+def promtool(*arguments: object) -> str:
+    program = shutil.which("promtool") or str(ROOT / ".cache" / "bin" / "promtool")
+    done = subprocess.run(
+        [program, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def firing(at: str, *names: str) -> dict[str, Any]:
+    """Expect that these alerts fire at a time, and no others."""
+    return {
+        "expr": 'max by (alertname) (ALERTS{alertstate="firing"})',
+        "eval_time": at,
+        "exp_samples": [
+            {"labels": f'{{alertname="{name}"}}', "value": 1} for name in sorted(names)
+        ],
+    }
+
+
+def hold(recording: Recording, folder: Path, tests: dict[str, Any]) -> None:
+    file = folder / "test.json"
+    one = {
+        "interval": f"{SAID_TO_BE_S}s",
+        "input_series": recording.input_series(),
+        **tests,
+    }
+    # JSON is YAML.
+    file.write_text(
+        json.dumps(
+            {
+                "rule_files": [str(RULES)],
+                "evaluation_interval": f"{SAID_TO_BE_S}s",
+                "tests": [one],
+            }
+        )
+    )
+    promtool("test", "rules", file)
+
+
+def test_the_files_are_what_prometheus_reads(recording: Recording, tmp_path: Path) -> None:
+    promtool("check", "rules", RULES)
+    promtool("check", "config", ROOT / "contrib" / "prometheus" / "scrape.yml")
+    shown = subprocess.run(
+        [shutil.which("promtool") or ROOT / ".cache" / "bin" / "promtool", "check", "metrics"],
+        input=recording.text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (shown.returncode, shown.stdout + shown.stderr) == (0, "")
+
+
+def test_each_alert_fires_for_what_it_says_and_not_before(
+    recording: Recording, tmp_path: Path
+) -> None:
+    machine, verdict = hanging(recording)
+    assert verdict in ("lost-call", "driver-stuck")
+    lost = "KickcallLosesNotifications"
+    hangs = ("KickcallStallLasts", "KickcallRequestWaits", "KickcallHealingDoesNotHelp", lost)
+    last = (len(recording.scrapes) - 1) * SAID_TO_BE_S
+    assert recording.phases["no journal"] * SAID_TO_BE_S > 600, "too short for what takes 10 min"
+    hold(
+        recording,
+        tmp_path,
+        {
+            "promql_expr_test": [
+                firing(recording.end_of("all is well")),
+                firing(recording.end_of("healed"), lost),
+                firing(
+                    recording.end_of("no journal"),
+                    *hangs,
+                    "KickcallCannotJournal",
+                    "KickcallMachineNotWatched",
+                ),
+                # Nobody answers: what was counted lately is known for a while.
+                firing(f"{last + 20 * 60}s", "KickcallIsGone"),
+            ],
+            "alert_rule_test": [
+                {
+                    "eval_time": recording.end_of("refuted"),
+                    "alertname": "KickcallStallLasts",
+                    "exp_alerts": [
+                        {
+                            "exp_labels": {
+                                **ADDED,
+                                "severity": "critical",
+                                "machine": machine,
+                                "verdict": verdict,
+                            },
+                            "exp_annotations": {
+                                "summary": f"{machine}: 1 of its queues hang ({verdict})",
+                                "description": "No injection helps, or none is made. On host1: "
+                                f"kickcall diagnose {machine}",
+                            },
+                        }
+                    ],
+                }
+            ],
+        },
+    )
+
+
+def expressions() -> list[str]:
+    """Return what the dashboard asks for."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+def test_each_panel_of_the_dashboard_shows_something(recording: Recording, tmp_path: Path) -> None:
+    asked = expressions()
+    assert len(asked) > 10
+    plain = [
+        expr.replace("$__rate_interval", "10m").replace("$instance", "host.*") for expr in asked
+    ]
+    hold(
+        recording,
+        tmp_path,
+        {
+            "promql_expr_test": [
+                {
+                    "expr": f"clamp_max(count({expr}), 1)",
+                    "eval_time": recording.end_of("no journal"),
+                    "exp_samples": [{"labels": "{}", "value": 1}],
+                }
+                for expr in plain
+            ]
+        },
+    )
+
+
+def test_what_is_asked_for_is_shown_and_explained(recording: Recording) -> None:
+    asked = {
+        name for text in (RULES.read_text(), *expressions())
+        for name in re.findall(r"\bkickcall_\w+", text)
+    }  # fmt: skip
+    shown = {name for name, _ in recording.scrapes[-1]}
+    assert asked <= shown
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    for name in shown:
+        if name.startswith("kickcall_"):
+            assert re.sub("_(bucket|sum|count)$", "", name) in page, name
+
+
+def hanging(recording: Recording) -> tuple[str, str]:
+    """Return the name of the machine whose driver hangs, and what that is taken for."""
+    ((machine, verdict),) = {
+        (dict(labels)["machine"], dict(labels)["verdict"])
+        for name, labels in recording.scrapes[recording.phases["refuted"]]
+        if name == "kickcall_stalls_lasting"
+    }
+    return machine, verdict
