@@ -25,7 +25,13 @@ from kickcall.lab.image import GuestImage, guest_image
 from kickcall.lab.machine import LabMachine, lab_folder, machines
 from kickcall.lab.process import LabProcess
 from kickcall.lab.qemu import find_qemu, usable_kvm
-from kickcall.lab.spec import MachineSpec, VhostUserBlk, guest_arguments, machine_arguments
+from kickcall.lab.spec import (
+    MachineSpec,
+    VhostNet,
+    VhostUserBlk,
+    guest_arguments,
+    machine_arguments,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +141,10 @@ def start_qemu(machine: LabMachine, qemu: Qemu, arguments: list[str], timeout: f
     last = "lab-monitor" if spec.lab_monitor else f"qmp{spec.monitors - 1}"
     if spec.lab_monitor or spec.monitors:
         _wait(machine, (machine.folder / last).is_socket, "qemu", timeout)
+    for device in spec.devices:
+        if isinstance(device, VhostNet):
+            # QEMU makes its sockets before its network interfaces.
+            _wait(machine, Path(f"/sys/class/net/{device.tap}").exists, "qemu", timeout)
     vhost_kernel.give_addresses(spec)
 
 

@@ -176,9 +176,6 @@ def _until_free(step: Callable[[], object], path: Path, deadline: float) -> None
 
 
 def _bring_up(device: VhostNet) -> None:
-    # An interface without IPv6 sends nothing by itself.
-    with contextlib.suppress(FileNotFoundError):
-        Path(f"/proc/sys/net/ipv6/conf/{device.tap}/disable_ipv6").write_text("1\n")
     name = device.tap.encode()
     mask = IPv4Network((0, VHOST_NET_PREFIX_LENGTH)).netmask
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
@@ -189,6 +186,11 @@ def _bring_up(device: VhostNet) -> None:
             # struct ifreq with a sockaddr_in: netdevice(7).
             ifreq = struct.pack("16sHH4s16x", name, socket.AF_INET, 0, address.packed)
             fcntl.ioctl(any_socket, request, ifreq)
+        # An interface without IPv6 sends nothing by itself. (Its folder is there once the kernel
+        # has let go of the lock under which QEMU makes the interface, and on which the ioctls
+        # wait: not before.)
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"/proc/sys/net/ipv6/conf/{device.tap}/disable_ipv6").write_text("1\n")
         ifreq = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, struct.pack("16s24x", name))
         (flags,) = struct.unpack_from("H", ifreq, 16)
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | _IFF_UP))
