@@ -24,7 +24,7 @@ from kickcall.lab.cache import log_progress
 from kickcall.lab.host_image import host_image
 from kickcall.lab.image import guest_image
 from kickcall.lab.machine import LabMachine
-from kickcall.lab.qemu import find_qemu, usable_kvm
+from kickcall.lab.qemu import find_qemu, qemu_that_emulates_svm, usable_kvm
 from kickcall.lab.spec import MachineSpec, machine_arguments
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def boot_host(
 
     Unless it `outlives` this process, it is taken down with it, as any lab machine.
     """
-    qemu = find_qemu("system", tell)
+    nested = usable_kvm() and _kvm_nests()
+    qemu = find_qemu("system", tell) if nested else qemu_that_emulates_svm(tell)
     image = host_image(tell)
     # So that no guest in the host has to download it again, each time.
     guest_image(tell)
@@ -84,7 +85,10 @@ def boot_host(
         host.make_folders(image)
         tell(f"booting the KVM host {name}")
         folder = str(machine.folder)
-        arguments = [*machine_arguments(machine.spec, folder), *_host_arguments(host, image)]
+        arguments = [
+            *machine_arguments(machine.spec, folder),
+            *_host_arguments(host, image, nested),
+        ]
         start_qemu(machine, qemu, arguments, timeout)
         wait_for_guest(machine, timeout)
         if machine.guest.run("test -c /dev/kvm").status:
@@ -246,9 +250,8 @@ class _Copy:
             self._to.flush()
 
 
-def _host_arguments(host: LabHost, image: HostImage) -> list[str]:
+def _host_arguments(host: LabHost, image: HostImage, nested: bool) -> list[str]:
     folder = host.machine.folder
-    nested = usable_kvm() and _kvm_nests()
     accelerator = "kvm" if nested else "tcg,thread=multi,tb-size=1024"
     return [
         *("-accel", accelerator, "-cpu", "host" if nested else "EPYC,+svm,+npt"),
