@@ -172,15 +172,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
 
 
-class StoppedIothread:
-    """A device's iothread, held still while the block lasts; the rest of QEMU runs on."""
+class StoppedThread:
+    """A thread of QEMU, held still while the block lasts; the others run on."""
 
-    def __init__(self, machine: LabMachine, device: str) -> None:
-        (self.tid,) = (
-            int(one["thread-id"])
-            for one in machine.qmp("query-iothreads")
-            if one["id"] == f"{device}-iothread"
-        )
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
 
     def __enter__(self) -> Self:
         self._ptrace(_PTRACE_SEIZE)
@@ -195,6 +191,18 @@ class StoppedIothread:
         if _libc.ptrace(request, self.tid, None, None) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), f"ptrace of thread {self.tid}")
+
+
+class StoppedIothread(StoppedThread):
+    """A device's iothread."""
+
+    def __init__(self, machine: LabMachine, device: str) -> None:
+        (tid,) = (
+            int(one["thread-id"])
+            for one in machine.qmp("query-iothreads")
+            if one["id"] == f"{device}-iothread"
+        )
+        super().__init__(tid)
 
 
 def process_state(pid: int) -> set[str]:

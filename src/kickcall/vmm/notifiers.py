@@ -202,7 +202,7 @@ def _prove(
     own = [
         (layout, base)
         for layout, base in candidates
-        if _path_matches(pid, _owner(layout, base, read), facts.backend_path)
+        if path_matches(pid, _owner(layout, base, read), facts.backend_path)
     ]
     if not own:
         return None
@@ -247,7 +247,7 @@ def _owner(layout: Layout, base: int, read: _Read) -> int:
     return int(struct.unpack("<Q", raw)[0]) if raw else 0
 
 
-def _path_matches(pid: int, owner: int, path: str) -> bool:
+def path_matches(pid: int, owner: int, path: str) -> bool:
     """Tell whether one of the owner's first pointers leads to the string `path`."""
     raw = memory.read(pid, owner, _PATH_POINTERS)
     if raw is None:
