@@ -46,8 +46,10 @@ DEVICES = (
     VirtioBlk(id="slow0", queues=2, legacy="off", options=("ioeventfd=off",)),
     VirtioBlk(id="intx0", options=("vectors=0",)),
     VirtioNet(id="net0"),
+    VirtioBlk(id="old0", legacy="only", options=("ioeventfd=off",)),
 )
-"""`slow0` has no notifiers and no port; `intx0` interrupts by INTx."""
+"""`slow0` has no notifiers and no port; `intx0` interrupts by INTx; `old0` has only the legacy
+interface."""
 
 
 @pytest.fixture(scope="module", params=QEMUS)
@@ -132,6 +134,24 @@ def test_intx_is_called_by_its_notifier_and_refused_otherwise(
         queue.call(via="mmio")
     assert queue.call().via is Via.EVENTFD
     assert is_as_before(machine)
+
+
+def test_a_legacy_device_is_kicked_by_its_port_and_called_by_its_message(
+    machine: LabMachine, attached: AttachedMachine
+) -> None:
+    address = virtio_device_address(machine, "old0")
+    queue = attached.device("old0").queue(0)
+    assert "VIRTIO_F_VERSION_1" not in attached.device("old0").info.features
+    with NotifyTrace(machine) as trace:
+        result = queue.kick(allow_pause=True)
+        until(lambda: (address, 0) in trace.seen(), "QEMU looks at queue 0 of old0")
+    assert (result.via, result.pause_ms) == (Via.IOPORT, None)
+    with pytest.raises(EventNotSupportedError, match="an I/O port, and no memory"):
+        queue.kick(via="mmio")
+    before = interrupts(machine)
+    assert queue.call(allow_pause=True).via is Via.MMIO
+    line = interrupt_line(machine, "old0", 0)
+    assert rise(before, interrupts_after(machine, before)) == {line: 1}
 
 
 def test_a_paused_machine_stays_paused(machine: LabMachine, attached: AttachedMachine) -> None:
