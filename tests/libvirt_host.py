@@ -43,8 +43,11 @@ for file in passwd group hosts; do mount --bind "$file" "/etc/$file"; done
 for other in /usr/bin/qemu-system-*; do
     [ "$other" = {qemu} ] || mount --bind /dev/null "$other"
 done
-exec libvirtd -f /etc/libvirt/libvirtd.conf
+{run}
 """
+_ALONE = "exec libvirtd -f /etc/libvirt/libvirtd.conf"
+_CONTAINED = "libvirtd -f /etc/libvirt/libvirtd.conf & wait"
+"""Somebody has to be the first process, and take in what ended (in KubeVirt virt-launcher)."""
 
 
 @dataclass(slots=True)
@@ -53,6 +56,8 @@ class Libvirt:
 
     name: str
     folder: Path
+    contained: bool = False
+    """It and its domains have pids and a network of their own, too."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -66,10 +71,15 @@ class Libvirt:
     def start(self) -> None:
         """Start it, or start it again, and return when it answers."""
         binds = "\n".join(f"mount --bind {ours} {theirs}" for ours, theirs in _FOLDERS.items())
-        command = ["unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c"]
+        command = ["unshare", "--mount", "--uts", "--propagation", "private"]
+        if self.contained:
+            command += ["--pid", "--net", "--mount-proc", "--fork", "--kill-child"]
+        command += ["sh", "-c"]
+        run = _CONTAINED if self.contained else _ALONE
+        command += [_INSIDE.format(binds=binds, qemu=QEMU, run=run), str(self.folder), self.name]
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, _INSIDE.format(binds=binds, qemu=QEMU), str(self.folder), self.name],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -85,14 +95,17 @@ class Libvirt:
     def stop(self) -> None:
         """End the daemon. Its domains go on."""
         if self.process is not None:
-            self.process.terminate()
+            if self.contained:
+                self.process.kill()  # and with it all that is in the container
+            else:
+                self.process.terminate()
             self.process.wait(20)
             self.process = None
 
     def virsh(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run virsh, another client of this libvirtd."""
         done = subprocess.run(
-            ["virsh", "-q", "-c", self.uri, *words], capture_output=True, text=True, timeout=60
+            ["virsh", "-q", "-c", self.uri, *words], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0 or not check, done.stderr
         return done
@@ -105,17 +118,20 @@ class Libvirt:
         return int((self.folder / "run" / "libvirt" / "qemu" / f"{name}.pid").read_text())
 
 
-@contextlib.contextmanager
-def libvirtd(folder: Path, name: str, like: Libvirt | None = None) -> Iterator[Libvirt]:
-    """Run a libvirtd while the block lasts; its domains end with it.
+_caches: list[Path] = []
+"""Where the last libvirtd noted what QEMU can do: to find it out takes seconds."""
 
-    It knows what QEMU can do if one `like` it found out already.
-    """
+
+@contextlib.contextmanager
+def libvirtd(folder: Path, name: str, *, contained: bool = False) -> Iterator[Libvirt]:
+    """Run a libvirtd while the block lasts; its domains end with it."""
     folder.mkdir()
     for ours in _FOLDERS:
         (folder / ours).mkdir()
-    if like is not None:
-        shutil.copytree(like.folder / "cache", folder / "cache", dirs_exist_ok=True)
+    for known in _caches:
+        if known.is_dir():
+            shutil.copytree(known, folder / "cache", dirs_exist_ok=True)
+    _caches[:] = [folder / "cache"]
     for file in _FILES:
         (folder / file).write_text(Path("/etc", file).read_text())
     with (folder / "passwd").open("a") as users, (folder / "group").open("a") as groups:
@@ -131,7 +147,7 @@ def libvirtd(folder: Path, name: str, like: Libvirt | None = None) -> Iterator[L
     (folder / "etc" / "libvirtd.conf").write_text(
         f'auth_unix_rw = "none"\nhost_uuid = "0b15e9a1-2b1c-4d3e-8f00-{number}"\n'
     )
-    libvirt = Libvirt(name, folder)
+    libvirt = Libvirt(name, folder, contained)
     try:
         libvirt.start()
         yield libvirt
@@ -157,6 +173,7 @@ class GuestDomain:
         until(
             lambda: b"lab: agent ready" in (self.folder / "console.log").read_bytes(),
             f"the guest of {self.name} is up",
+            timeout=120,
         )
 
     def interrupts(self, line: str) -> int:

@@ -217,7 +217,7 @@ class Watcher:
         return [one for one in told if wanted.items() <= one.items()]
 
     def wait_for(self, what: str, **fields: object) -> dict[str, Any]:
-        until(lambda: self.said(what, **fields), f"{what} {fields} in {self._out.read_text()}")
+        until(lambda: self.said(what, **fields), f"{what} {fields} in {self._out.read_text()}", 60)
         return self.said(what, **fields)[0]
 
 
@@ -249,7 +249,7 @@ def test_a_domain_that_migrates_is_let_go_of_here_and_watched_there(
 ) -> None:
     """From one libvirtd to another, and with the guest at work; both are on this host."""
     with (
-        libvirtd(folder / "b", "host-b", like=libvirt) as other,
+        libvirtd(folder / "b", "host-b") as other,
         guest_domain(folder / "lv1", "lv1", guest_image_built) as made,
         watcher(folder, "lv1", "--heal") as watch,
     ):

@@ -61,7 +61,17 @@ def test_the_word_may_come_after_the_end() -> None:
     assert loop.said == ["it migrated away"]
 
 
-def test_without_a_word_it_is_said_within_a_second_and_once(
+def test_a_migration_that_failed_at_last_is_no_reason() -> None:
+    loop = Loop()
+    loop.followed()
+    loop.domains._heard(DomainEvent(Turn.LEAVES, "web", "9728432e", "it migrated away", KEY))
+    loop.domains._heard(DomainEvent(Turn.STAYS, "web", "9728432e", "", KEY))
+    loop.domains.farewell(ENDED, "it ended", loop.said.append)
+    loop.domains._heard(DomainEvent(Turn.WENT, "web", "9728432e", "it was destroyed", KEY))
+    assert loop.said == ["it was destroyed"]
+
+
+def test_without_a_word_it_is_said_a_little_later_and_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kickcall.watch.domains._WHY_S", 0.01)

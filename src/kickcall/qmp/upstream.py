@@ -31,6 +31,7 @@ from kickcall.errors import (
 )
 from kickcall.qmp import message
 from kickcall.qmp.wire import Connection, close_fds
+from kickcall.vmm.find import socket_address
 
 if TYPE_CHECKING:
     import asyncio
@@ -109,11 +110,15 @@ def greet(path: str, timeout: float = 2.0) -> Greeted:
     Raises MonitorGoneError, MonitorBusyError and MonitorError.
     """
     deadline = time.monotonic() + timeout
-    sock, address = _dial(path)
+    sock, tcp = _dial(path)
     try:
         sock.settimeout(timeout)
         try:
-            sock.connect(address)
+            if tcp is not None:
+                sock.connect(tcp)
+            else:
+                with socket_address(path) as address:
+                    sock.connect(address)
         except (TimeoutError, BlockingIOError):
             raise MonitorBusyError(_busy(path)) from None
         except OSError as error:
@@ -155,15 +160,14 @@ def greet(path: str, timeout: float = 2.0) -> Greeted:
         raise
 
 
-def _dial(path: str) -> tuple[socket.socket, str | tuple[str, int]]:
+def _dial(path: str) -> tuple[socket.socket, tuple[str, int] | None]:
     if path.startswith("tcp:"):
         host, _, port = path.removeprefix("tcp:").rpartition(":")
         if not port.isdecimal():
             raise MonitorGoneError(f"{path}: no port to connect to")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.socket(family, socket.SOCK_STREAM), (host.strip("[]"), int(port))
-    unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    return unix, "\0" + path[1:] if path.startswith("@") else path
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), None
 
 
 class _Offer(msgspec.Struct):

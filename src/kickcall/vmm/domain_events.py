@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from kickcall.vmm.domains import Address
 
 _RETRY_S = 5.0
+"""Between two tries to connect to a daemon again."""
+_AGAIN_S = 0.3
+_TRIES = 200
+"""How often a libvirt is looked for that has a machine."""
 _ALIVE_S = 5
 """Every so many seconds a silent daemon is asked whether it is there; three times."""
 
@@ -34,10 +38,14 @@ class Turn(enum.StrEnum):
     """What became of a domain."""
 
     CAME = "came"
+    LEAVES = "leaves"
+    """It is on its way out; its process is there yet. libvirt tells WENT when all is cleared up."""
+    STAYS = "stays"
+    """It runs on: the migration failed at the last moment."""
     WENT = "went"
     REBOOTED = "rebooted"
     OTHER = "other"
-    """Paused, resumed, defined, …: what its process tells, too."""
+    """Paused, defined, …: what its process tells, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +61,17 @@ class DomainEvent:
     """Pid and start time, where the domain is one that is followed."""
 
 
-# libvirt: virDomainEventType, virDomainEventStartedDetailType, virDomainEventStoppedDetailType
-# (libvirt-domain.h).
-_STARTED, _STOPPED = 2, 5
+# libvirt-domain.h: virDomainEventType, virDomainEventSuspendedDetailType,
+# virDomainEventStartedDetailType, virDomainEventStoppedDetailType.
+_STARTED, _SUSPENDED, _RESUMED, _STOPPED = 2, 3, 4, 5
+_SUSPENDED_MIGRATED = 1
+_AWAY = "it migrated away"
 _CAME = {0: "it booted", 1: "it migrated here", 2: "it was restored", 3: "from a snapshot"}
 _WENT = {
     0: "it shut down",
     1: "it was destroyed",
     2: "it crashed",
-    3: "it migrated away",
+    3: _AWAY,
     4: "it was saved",
     5: "libvirt says that it failed",
 }
@@ -133,41 +143,42 @@ class DomainEvents:
 
     def _run(self) -> None:
         lost: dict[Address, float] = {}
+        asked: dict[tuple[int, int], tuple[Machine, int]] = {}
         while True:
             try:
-                item = self._work.get(timeout=1.0 if lost else None)
+                item = self._work.get(timeout=_AGAIN_S if lost or asked else None)
             except queue.Empty:
-                item = None
                 for address in [one for one, at in lost.items() if at <= time.monotonic()]:
                     lost[address] = time.monotonic() + _RETRY_S
                     if self._connect(address):
                         del lost[address]
+                for key, (machine, tries) in list(asked.items()):
+                    if self._follow(machine) or tries == 1 or not _runs(key):
+                        del asked[key]
+                    else:
+                        asked[key] = (machine, tries - 1)
                 continue
             if item is None:
                 break
             if isinstance(item, domains.Address):
                 self._open.pop(item, None)
-                lost[item] = time.monotonic() + 1.0
-            else:
-                self._follow(item)
+                lost[item] = time.monotonic()
+            elif not self._follow(item):
+                # Its process is there before libvirt has started it.
+                asked[item.pid, item.start_time] = (item, _TRIES)
         for opened in self._open.values():
             with suppress(Exception):
                 opened.close()
 
-    def _follow(self, machine: Machine) -> None:
+    def _follow(self, machine: Machine) -> bool:
         assert machine.domain is not None
         try:
             _, address = domains.locate(machine)
         except KickcallError:
-            return
-        self._followed = {
-            place: one
-            for place, one in self._followed.items()
-            if processes.start_time(one[0]) == one[1]
-        }
+            return False
+        self._followed = {place: one for place, one in self._followed.items() if _runs(one)}
         self._followed[address, machine.domain.uuid] = (machine.pid, machine.start_time)
-        if address not in self._open:
-            self._connect(address)
+        return address in self._open or self._connect(address)
 
     def _connect(self, address: Address) -> bool:
         libvirt, _ = domains.binding()
@@ -180,6 +191,10 @@ class DomainEvents:
         def lifecycle(_: Any, domain: Any, event: int, detail: int, __: Any) -> None:
             if event == _STARTED:
                 of(domain, Turn.CAME, _CAME.get(detail, ""))
+            elif event == _SUSPENDED and detail == _SUSPENDED_MIGRATED:
+                of(domain, Turn.LEAVES, _AWAY)
+            elif event == _RESUMED:
+                of(domain, Turn.STAYS)
             elif event == _STOPPED:
                 of(domain, Turn.WENT, _WENT.get(detail, ""))
                 self._followed.pop((address, domain.UUIDString()), None)
@@ -200,3 +215,8 @@ class DomainEvents:
             return False
         self._open[address] = opened
         return True
+
+
+def _runs(key: tuple[int, int]) -> bool:
+    """Tell whether a process, by its pid and start time, still runs."""
+    return processes.start_time(key[0]) == key[1]

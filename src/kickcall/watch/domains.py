@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kickcall.model import Machine
 
-_WHY_S = 1.0
+_WHY_S = 5.0
 """How long libvirt is given to say why a process ended: it does when it has cleared up."""
 _Key = tuple[int, int]
 
@@ -49,7 +49,7 @@ class Domains:
             self._events.follow(machine)
 
     def farewell(self, machine: Machine, otherwise: str, say: Callable[[str], None]) -> None:
-        """Say why a machine went: as libvirt tells it, now or within a second, or `otherwise`."""
+        """Say why a machine went: as libvirt tells it, now or within seconds, or `otherwise`."""
         key = (machine.pid, machine.start_time)
         runs = processes.start_time(machine.pid) == machine.start_time
         why = self._why.pop(key, None)
@@ -71,7 +71,9 @@ class Domains:
         match event.turn:
             case Turn.CAME:
                 self._came()
-            case Turn.WENT if event.machine is not None and event.why:
+            case Turn.STAYS if event.machine is not None:
+                self._why.pop(event.machine, None)
+            case Turn.LEAVES | Turn.WENT if event.machine is not None and event.why:
                 if event.machine in self._waiting:
                     self._say(event.machine, event.why)
                 elif event.machine in self._followed:
