@@ -26,6 +26,8 @@ debootstrap           debootstrap
 qemu-system-aarch64   qemu-system-arm
 socat                 socat
 nc                    netcat-openbsd
+/usr/bin/chromium     chromium
+/usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf fonts-dejavu-core
 gcc                   gcc
 objcopy               binutils
 /usr/include/stdio.h  libc6-dev

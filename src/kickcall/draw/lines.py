@@ -91,19 +91,20 @@ def hop_lines(picture: PathPicture, width: int = 80) -> list[Line]:
 
 
 def evidence_lines(picture: PathPicture, width: int = 80) -> list[Line]:
-    """Return what was read, and what to do next."""
+    """Return what to do next, and what was read."""
+    lines: list[Line] = []
+    if picture.remedy and picture.tone is Tone.BAD:
+        first, *more = wrapped(picture.remedy, width - 8)
+        lines.append((Span("  next: ", Tone.STRONG), Span(first, Tone.STRONG)))
+        lines += [(Span(f"        {text}", Tone.STRONG),) for text in more]
     name = min(max((len(what) for what, _ in picture.evidence), default=0), width // 2)
-    lines: list[Line] = [
+    lines += [
         (
             Span(f"  {clipped(what, name):<{name}}  ", Tone.FAINT),
             Span(clipped(value, max(width - name - 4, 8))),
         )
         for what, value in picture.evidence
     ]
-    if picture.remedy and picture.tone is Tone.BAD:
-        first, *more = wrapped(picture.remedy, width - 8)
-        lines.append((Span("  next: ", Tone.STRONG), Span(first, Tone.STRONG)))
-        lines += [(Span(f"        {text}", Tone.STRONG),) for text in more]
     return lines
 
 

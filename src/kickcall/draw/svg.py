@@ -68,6 +68,7 @@ STYLE = """
 .kc .arc.fetch{stroke:var(--kc-fetch);stroke-width:15}
 .kc .arc.device,.kc .arc.outstanding{stroke:var(--kc-device);stroke-width:10}
 .kc .arc.reap{stroke:var(--kc-reap);stroke-width:5}
+.kc.inbox .arc{stroke:var(--kc-faint);stroke-opacity:.45}
 .kc .head{fill:var(--kc-ink)}
 .kc .number{font-size:26px;font-weight:700;text-anchor:middle}
 .kc .unit{font-size:10px;fill:var(--kc-faint);text-anchor:middle}
@@ -152,11 +153,12 @@ def path_svg(picture: PathPicture, *, styled: bool = False, tall: bool = False) 
     return "".join(parts)
 
 
-def _open(width: int, height: int, told: str, styled: bool) -> str:
+def _open(width: int, height: int, told: str, styled: bool, css: str = "kc") -> str:
     style = f"<style>{COLOURS}{STYLE}</style>" if styled else ""
     size = f' width="{width}" height="{height}"' if styled else ""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="kc" viewBox="0 0 {width} {height}"{size} '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="{css}" '
+        f'viewBox="0 0 {width} {height}"{size} '
         f'role="img" aria-label="{escaped(told, 600)}">{style}'
     )
 
@@ -235,7 +237,8 @@ _RADIUS = 43
 def ring_svg(picture: RingPicture, *, styled: bool = False) -> str:
     """Return a ring. Arcs are 100 long, so that a page moves one by two attributes:
     `stroke-dasharray` (its length) and `stroke-dashoffset` (minus its start)."""
-    parts = [_open(120, 120, f"The ring: {picture.told}", styled)]
+    css = "kc inbox" if picture.inbox else "kc"
+    parts = [_open(120, 120, f"The ring: {picture.told}", styled, css)]
     circle = f'cx="60" cy="60" r="{_RADIUS}"'
     parts.append(f'<circle class="track" {circle}/><g transform="rotate(-90 60 60)">')
     parts += [

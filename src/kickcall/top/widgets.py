@@ -32,11 +32,20 @@ STYLES: dict[Tone, Style] = {
 """The terminal's own colours: they suit it, light or dark."""
 
 
-def strip(line: Line, width: int, style: Style | None = None) -> Strip:
+def strip(line: Line, width: int, reversed_spans: int = 0) -> Strip:
     """Return a line as Textual shows it, cut or filled to `width` cells."""
-    over = style or Style()
-    segments = [Segment(span.text, STYLES[span.tone] + over) for span in line]
-    return Strip(segments).adjust_cell_length(width, over)
+    segments = [
+        Segment(
+            span.text, STYLES[span.tone] + _REVERSE if n < reversed_spans else STYLES[span.tone]
+        )
+        for n, span in enumerate(line)
+    ]
+    return Strip(segments).adjust_cell_length(width, Style())
+
+
+_REVERSE = Style(reverse=True)
+_CHOSEN = 2
+"""Spans of a chosen row that are reversed: verdict and names, but no sparklines."""
 
 
 class Lines(Widget, can_focus=True):
@@ -132,8 +141,8 @@ class Table(Widget, can_focus=True):
         place = self._top + y
         if place >= len(self._rows):
             return Strip.blank(self.size.width)
-        style = Style(reverse=True) if place == self._at else None
-        return strip(self._draw(self._rows[place]), self.size.width, style)
+        chosen = _CHOSEN if place == self._at else 0
+        return strip(self._draw(self._rows[place]), self.size.width, chosen)
 
     def on_resize(self) -> None:
         self._keep_in_sight()

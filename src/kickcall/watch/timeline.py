@@ -89,7 +89,7 @@ def of_stall(row: StallRow) -> Moment:
 
 def of_injection(row: InjectionRow) -> Moment:
     """Return an injection of the journal."""
-    moved = row.used_before is not None and row.used_before != row.used_after
+    moved = None not in (row.used_before, row.used_after) and row.used_before != row.used_after
     if row.outcome is None or row.outcome == "unknown":
         outcome, tone = "unknown outcome", Tone.UNSURE
     elif row.outcome != "ok":

@@ -1,5 +1,5 @@
 // One machine: its devices as lanes, each queue's ring in them.
-import { h, queueLink, setAttribute, setText, setVerdict } from "./dom.js";
+import { h, queueLink, setAttribute, setText, setVerdict, verdictText } from "./dom.js";
 import { makeRing } from "./ring.js";
 import { makeTimeline } from "./timeline.js";
 
@@ -42,11 +42,26 @@ export const legend = () =>
 export function makeMachine(link) {
   const title = h("h1", {});
   const about = h("p", { class: "note" });
-  const lanes = h("div", {});
+  const lanes = h("div", { class: "lanes" });
+  const worst = h("ul", { class: "tiles worst", "aria-label": "Stalled queues", hidden: "" });
   const timeline = makeTimeline();
-  const node = h("div", {}, title, about, lanes, legend(), timeline.node);
+  const node = h("div", {}, title, about, worst, lanes, legend(), timeline.node);
   let queues = new Map();
   let drawn = "";
+  let cards = "";
+  function showWorst(state) {
+    const stalled = Object.values(state.queues).filter((one) => one.verdict.tone === "bad");
+    const wanted = JSON.stringify(stalled.map((one) => [one.device, one.queue, one.verdict, one.hop]));
+    if (wanted === cards) return;
+    cards = wanted;
+    worst.hidden = !stalled.length;
+    const names = new Map(state.devices.map((one) => [one.device, one.name]));
+    worst.replaceChildren(
+      ...stalled.map((one) =>
+        h("li", {}, h("a", { class: "card bad-card", href: queueLink(link, one.device, one.queue) }, h("strong", { class: "verdict bad" }, verdictText(one.verdict, one.hop)), `${names.get(one.device)} queue ${one.queue}`)),
+      ),
+    );
+  }
   return {
     node,
     title: (state) => state.name,
@@ -81,6 +96,7 @@ export function makeMachine(link) {
         touched = Object.keys(state.queues);
       }
       for (const key of touched) queues.get(key)?.update(state.queues[key]);
+      showWorst(state);
       timeline.update(state, changed, (one) => one.machine === state.name);
     },
   };

@@ -18,7 +18,7 @@ export function makeRing(inbox) {
   unit.textContent = inbox ? "buffers" : "outstanding";
   const node = s(
     "svg",
-    { class: "kc", viewBox: "0 0 120 120", role: "img" },
+    { class: inbox ? "kc inbox" : "kc", viewBox: "0 0 120 120", role: "img" },
     s("circle", { ...circle, class: "track" }),
     turned,
     head,
