@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +102,16 @@ class Libvirt:
                 self.process.terminate()
             self.process.wait(20)
             self.process = None
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let the daemon hang while the block lasts."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def virsh(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run virsh, another client of this libvirtd."""

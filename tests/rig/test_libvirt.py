@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kickcall.attached import attach
-from kickcall.errors import MonitorGoneError, StubBusyError
+from kickcall.errors import EventNotSupportedError, MonitorBusyError, MonitorGoneError
 from libvirt_host import guest_domain, libvirtd
 from witness import until
 
@@ -121,8 +121,13 @@ def test_a_lost_kick_is_diagnosed_and_repaired_on_a_domain(domain: GuestDomain) 
 
 
 def test_no_domain_is_paused_behind_libvirts_back(libvirt: Libvirt, domain: GuestDomain) -> None:
-    with attach("libvirt:lv0") as machine, pytest.raises(StubBusyError, match="behind libvirt's"):
-        machine.device(NET).queue(0).call(allow_pause=True)
+    with attach("libvirt:lv0") as machine:
+        with pytest.raises(EventNotSupportedError, match=r"mmio: .* behind libvirt's back"):
+            machine.device(NET).queue(0).call(allow_pause=True)
+        (offer,) = (
+            one for one in machine.device(NET).events() if (one.queue, one.event) == (0, "call")
+        )
+        assert (offer.via, "behind libvirt's back" in offer.reason) == (None, True)
     assert libvirt.virsh("domstate", "lv0", "--reason").stdout.strip() == "running (booted)"
 
 
@@ -183,6 +188,23 @@ def test_without_the_binding_one_line_says_what_to_install(domain: GuestDomain) 
     assert done.stderr.count("\n") == 1
     assert "lv0: its monitor is libvirt's" in done.stderr
     assert "pip install 'kickcall[libvirt]'" in done.stderr
+
+
+def test_a_libvirt_that_hangs_is_waited_for_only_so_long(
+    libvirt: Libvirt, domain: GuestDomain
+) -> None:
+    with attach("libvirt:lv0") as machine, libvirt.stopped():
+        began = time.monotonic()
+        with pytest.raises(MonitorBusyError, match=r"lv0: libvirt did not answer within 1\.8 s"):
+            machine.refresh()
+        with pytest.raises(MonitorBusyError, match="lv0: libvirt has not answered an earlier"):
+            machine.refresh()
+        machine.device(DISK).queue(0).state()
+        done = kickcall("show", "lv0")
+        assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+        assert time.monotonic() - began < 15
+    with attach("libvirt:lv0") as machine:
+        assert machine.run_state == "running"
 
 
 def test_libvirt_may_be_restarted_under_an_attached_domain(

@@ -71,7 +71,7 @@ class PlayedMachine:
         self.session = cast(
             "VmmSession",
             SimpleNamespace(
-                machine=SimpleNamespace(name="vm0"),
+                machine=SimpleNamespace(name="vm0", domain=None),
                 check_running=lambda monitor=None: self.step("running"),
             ),
         )

@@ -29,6 +29,7 @@ ENTRY_POINTS = "kickcall.devices"
 """The group in which a package from outside registers a DeviceClass (packaging: entry points)."""
 M = TypeVar("M", "MappedDevice", "MappedPci")
 """What a session knows of a device: with virtqueues, or with PCI registers."""
+BEHIND_LIBVIRT = "it pauses the machine, and no libvirt domain is paused behind libvirt's back"
 PAUSES = frozenset({Via.MMIO})
 """The ways that stop the machine for a moment, and so are taken only where that was allowed."""
 
@@ -189,6 +190,9 @@ class DeviceClass(ABC, Generic[M]):
         """Return the first way that applies, or why none does."""
         reasons = []
         for candidate, offer in offered.items() if via is None else [(via, offered[via])]:
+            if candidate in PAUSES and self.session.machine.domain is not None:
+                reasons.append(f"{candidate}: {BEHIND_LIBVIRT}")
+                continue
             if candidate in PAUSES and not (allow_pause or via is candidate):
                 reasons.append(
                     f"{candidate}: it pauses the machine for milliseconds, which nobody allowed "
