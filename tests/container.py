@@ -29,12 +29,13 @@ NAMESPACES = (
     *("--propagation", "private"),
 )
 FOLDER = "/tmp/run"
-"""The machine's sockets, as it sees them itself; /tmp is its own."""
+"""The machine's sockets, as it sees them itself; /tmp is its own. /tmp/link leads there."""
 _INSIDE = """
 set -e
 mount -t proc none /proc
 mount -t tmpfs none /tmp
 mkdir /tmp/run
+ln -s /tmp/run /tmp/link
 head -c 65536 /dev/zero | tr '\\0' '\\364' > /tmp/halt.bin
 exec {command}
 """

@@ -246,7 +246,7 @@ _VHOST_USER = """
 def guest_domain(
     folder: Path, name: str, image: GuestImage, *, relay: bool = False
 ) -> Iterator[GuestDomain]:
-    """Prepare a domain; with `relay` its disk ua-vub0 is served through a relay. Start it then."""
+    """Prepare a domain; with `relay` it has a disk ua-vub0, served through one. Start it then."""
     folder.mkdir()
     for disk in ("disk", "vub0"):
         with (folder / f"{disk}.img").open("wb") as file:
@@ -257,7 +257,7 @@ def guest_domain(
         image=image,
         qemu=QEMU,
         folder=folder,
-        shared=_SHARED if relay else "",
+        shared=_SHARED,
         vhost_user=_VHOST_USER.format(folder=folder) if relay else "",
     )
     xml = folder / "domain.xml"

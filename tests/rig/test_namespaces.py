@@ -49,6 +49,7 @@ def machine() -> Iterator[LabMachine]:
         name=NAME,
         devices=(VirtioBlk(queues=2, iothread=True), VirtioNet()),
         arguments=(
+            *("-qmp", "unix:/tmp/link/linked,server=on,wait=off"),
             *("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off"),
             *("-qmp", f"unix:{NAME},abstract=on,server=on,wait=off"),
         ),
@@ -79,8 +80,13 @@ def test_a_machine_in_a_container_is_found_with_the_monitors_that_can_be_reached
     assert [address.written for address in found.monitors] == [
         f"{FOLDER}/qmp0",
         f"{FOLDER}/lab-monitor",
+        "/tmp/link/linked",
     ]
-    assert found.monitors[0].path == f"/proc/{machine.pid}/root{FOLDER}/qmp0"
+    assert [address.path for address in found.monitors] == [
+        f"/proc/{machine.pid}/root{FOLDER}/qmp0",
+        f"/proc/{machine.pid}/root{FOLDER}/lab-monitor",
+        f"/proc/{machine.pid}/root{FOLDER}/linked",  # by a link of its own root
+    ]
     assert not Path(FOLDER).exists()
 
 
@@ -95,12 +101,17 @@ def test_its_threads_are_numbered_otherwise_inside(machine: LabMachine) -> None:
     assert not told & set(inner.values())
 
 
-@pytest.mark.parametrize("target", ["name", "pid", "socket"])
+@pytest.mark.parametrize("target", ["name", "pid", "socket", "linked"])
 def test_a_machine_in_a_container_is_attached(
     machine: LabMachine, disk: VirtioPciDriver, target: str
 ) -> None:
     targets: dict[str, str | int]
-    targets = {"name": NAME, "pid": machine.pid, "socket": f"qmp:{machine.qmp_path}"}
+    targets = {
+        "name": NAME,
+        "pid": machine.pid,
+        "socket": f"qmp:{machine.qmp_path}",
+        "linked": f"qmp:{machine.folder}/linked",
+    }
     with attach(targets[target]) as attached:
         assert attached.info.pid == machine.pid
         assert len(attached.device("blk0").queues()) == 2

@@ -32,7 +32,7 @@ from kickcall.errors import (
     QmpCommandError,
 )
 from kickcall.host import processes, threads
-from kickcall.vmm.find import socket_address
+from kickcall.vmm.find import in_root, socket_address
 from kickcall.vmm.monitor import COMMAND_TIMEOUT, CONNECT_TIMEOUT, borrow
 
 if TYPE_CHECKING:
@@ -290,14 +290,15 @@ def addresses(machine: Machine) -> list[Address]:
     said = os.environ.get(_VARIABLE, "")
     if said and not urlsplit(said).hostname:
         found.append(Address(None))
-    root = f"/proc/{machine.pid}/root"
     try:
         owner = os.stat(f"/proc/{machine.pid}").st_uid
     except OSError:
         owner = 0
-    for folder in ("/run/libvirt", f"/run/user/{owner}/libvirt"):
+    for folder in ("/run/libvirt", "/var/run/libvirt", f"/run/user/{owner}/libvirt"):
         for name in _SOCKETS:
-            path = f"{root}{folder}/{name}"
+            path = in_root(machine.pid, f"{folder}/{name}")
+            if path in {address.socket for address in found}:
+                continue
             try:
                 # The daemon of a session answers only to /session, as does one in a container
                 # that does not run as root (KubeVirt).

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _BINARY = re.compile(r"(qemu-system-[\w-]+|qemu-kvm|qemu|kvm)(\s\(deleted\))?$")
 _VERSION = b"QEMU emulator version "  # softmmu/vl.c, version(): one literal with the number in it
 _VERSION_MAX = 200
+_STEPS_MAX = 200
+"""Of a path, links followed; so that a ring of them comes to an end."""
 _UNIX_PATH_MAX = 107
 """sockaddr_un.sun_path, less the closing NUL (unix(7))."""
 
@@ -151,7 +153,38 @@ def _as_seen_here(pid: int, path: str) -> str:
             return os.path.join(os.readlink(f"/proc/{pid}/cwd"), path)
         except OSError:
             return path
-    return path if _same_root(pid) else f"/proc/{pid}/root{path}"
+    return path if _same_root(pid) else in_root(pid, path)
+
+
+def in_root(pid: int, path: str) -> str:
+    """Return where this process finds the absolute `path` of process `pid`, through its root.
+
+    Symbolic links are followed as that process would. Left to the kernel an absolute one, as
+    Debian's /var/run, would lead from the other's root to ours.
+    """
+    root = f"/proc/{pid}/root"
+    done: list[str] = []
+    todo = _parts(path)
+    for _ in range(_STEPS_MAX):
+        if not todo:
+            return "/".join((root, *done))
+        part = todo.pop()
+        if part == "..":
+            del done[-1:]
+            continue
+        try:
+            target = os.readlink("/".join((root, *done, part)))
+        except OSError:  # no link
+            done.append(part)
+            continue
+        if target.startswith("/"):
+            done.clear()
+        todo += _parts(target)
+    return root + path
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
 def _path_of_socket(pid: int, fd: int) -> str | None:
