@@ -64,8 +64,9 @@ def write_paused(session: VmmSession, write: RegisterWrite) -> float:
     """
     machine = session.machine
     if machine.domain is not None:
-        # libvirt takes the pause for somebody's wish: it writes `paused` into the domain's state,
-        # lets go of its locks, and tells everyone who manages it. `devices/base.py` says no before.
+        # libvirt takes a pause for somebody's wish: it gives the locks of the domain's disks back
+        # and, where the domain runs on unasked, does not take them again (libvirt 9.0:
+        # qemu_process.c, qemuProcessHandleStop and -Resume). `devices/base.py` says no before.
         raise StubBusyError(
             f"{machine.name} is a libvirt domain, and none is paused behind libvirt's back"
         )
