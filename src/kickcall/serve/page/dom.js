@@ -30,6 +30,15 @@ export function setAttribute(node, name, value) {
   if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value);
 }
 
+// Puts nodes in that order; what has the focus keeps it.
+export function arrange(parent, nodes) {
+  const there = parent.children;
+  if (nodes.length === there.length && nodes.every((one, place) => one === there[place])) return;
+  const focused = document.activeElement;
+  parent.replaceChildren(...nodes);
+  if (focused !== document.activeElement && parent.contains(focused)) focused.focus({ preventScroll: true });
+}
+
 export function verdictText(verdict, hop) {
   return `${verdict.mark} ${verdict.word}${hop ? ` on hop ${hop}` : ""}`;
 }

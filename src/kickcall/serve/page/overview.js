@@ -1,5 +1,5 @@
 // All machines, and the worst of all queues.
-import { h, machineLink, queueLink, setAttribute, setText, setVerdict, verdictText } from "./dom.js";
+import { arrange, h, machineLink, queueLink, setAttribute, setText, setVerdict, verdictText } from "./dom.js";
 import { makeTimeline } from "./timeline.js";
 
 const COLUMNS = [
@@ -39,6 +39,20 @@ function makeRow() {
   };
 }
 
+function makeCard() {
+  const verdict = h("strong", { class: "verdict bad" });
+  const where = h("span", {});
+  const link = h("a", { class: "card bad-card" }, verdict, where);
+  return {
+    node: h("li", {}, link),
+    update(one) {
+      setAttribute(link, "href", queueLink(one.link, one.device, one.queue));
+      setText(verdict, verdictText(one.verdict, one.hop));
+      setText(where, `${one.machine} ${one.name} queue ${one.queue}, for ${one.for}`);
+    },
+  };
+}
+
 export function makeOverview() {
   const title = h("h1", {}, "Machines");
   const count = h("p", { class: "note" });
@@ -59,8 +73,7 @@ export function makeOverview() {
     timeline.node,
   );
   const rows = new Map();
-  let order = [];
-  let cards = "";
+  const cards = new Map();
 
   function sift(machines) {
     const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -97,34 +110,22 @@ export function makeOverview() {
             one.name.localeCompare(other.name, undefined, { numeric: true })
           );
         });
-        if (keys.join() !== order.join()) {
-          order = keys;
-          body.replaceChildren(...keys.map((key) => rows.get(key).node));
-        }
+        arrange(body, keys.map((key) => rows.get(key).node));
         sift(state.machines);
       }
       const number = Object.keys(state.machines).length;
       setText(count, `${number} ${number === 1 ? "machine" : "machines"}, ${state.queues} queues, ${state.stalled || "none"} stalled`);
       if (!number) setText(count, "No QEMU runs here, or none that was asked for.");
-      const wanted = JSON.stringify(state.worst);
-      if (wanted !== cards) {
-        cards = wanted;
-        stalled.hidden = !state.worst.length;
-        worst.replaceChildren(
-          ...state.worst.map((one) =>
-            h(
-              "li",
-              {},
-              h(
-                "a",
-                { class: "card bad-card", href: queueLink(one.link, one.device, one.queue) },
-                h("strong", { class: "verdict bad" }, verdictText(one.verdict, one.hop)),
-                `${one.machine} ${one.name} queue ${one.queue}, for ${one.for}`,
-              ),
-            ),
-          ),
-        );
+      // In place, so that whoever has come to a card by keyboard stays there.
+      const there = new Map(state.worst.map((one) => [one.key, one]));
+      for (const key of cards.keys()) if (!there.has(key)) cards.delete(key);
+      for (const [key, one] of there) {
+        if (!cards.has(key)) cards.set(key, makeCard());
+        cards.get(key).update(one);
       }
+      stalled.hidden = !there.size;
+      const nodes = [...there.keys()].map((key) => cards.get(key).node);
+      arrange(worst, nodes);
       timeline.update(state, changed, () => true);
     },
   };
