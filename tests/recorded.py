@@ -121,11 +121,17 @@ class Recorded:
         self.recorded = [RecordedMachine(number, queues) for number in range(count)]
         self.raised: list[tuple[str, str, int, DeviceEvent, bool]] = []
         self.refuse = ""
+        self.problem = ""
+        self.looking = True
+        """Whether all machines are looked at all the time, if nothing moves either."""
         self._busy = busy
         self._random = random.Random(7)
 
     @property
     def machines(self) -> Sequence[LiveMachine]:
+        if self.looking:
+            for one in self.recorded:
+                one.live.looked_at = time.monotonic()
         return [one.live for one in self.recorded]
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -16,7 +18,7 @@ from kickcall.draw.lines import evidence_lines, path_lines, plain, ring_line
 from kickcall.draw.path import Step, path_picture
 from kickcall.draw.ring import Part, ring_picture
 from kickcall.draw.spark import spark_points, sparkline
-from kickcall.draw.svg import path_svg, ring_svg
+from kickcall.draw.svg import COLOURS, path_svg, ring_svg
 from kickcall.draw.text import duration, escaped, printable, rate
 from kickcall.draw.tones import Tone, severity, tone_of
 from kickcall.model import BackendKind, DeviceEvent, Evidence, Layout, Verdict, VerdictKind
@@ -225,3 +227,41 @@ def test_numbers_are_written_as_people_read_them() -> None:
         "250k",
     ]
     assert rate(10, at_least=True) == "≥10"
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of #rrggbb, as WCAG 2.2 defines it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (
+        one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_text_can_be_read_and_every_mark_be_seen(theme: str) -> None:
+    sheet = COLOURS.partition(f':root[data-theme="{theme}"]')[2]
+    colours = dict(re.findall(r"--kc-([a-z-]+):(#[0-9a-f]{6})", sheet.partition("}")[0]))
+    for text in ("ink", "faint", "good", "busy", "unsure", "bad"):
+        for paper in ("paper", "box"):
+            assert contrast(colours[text], colours[paper]) >= 4.5, (text, paper)
+    assert contrast(colours["bad"], colours["bad-box"]) >= 4.5
+    assert contrast(colours["ink"], colours["bad-box"]) >= 4.5
+    for arc in ("fetch", "device", "reap"):
+        assert contrast(colours[arc], colours["track"]) >= 3.0, arc
+
+
+PATH_PAGE = Path(__file__).resolve().parents[2] / "docs" / "img" / "path.svg"
+
+
+def test_the_path_in_the_documentation_is_the_one_that_is_drawn() -> None:
+    """KICKCALL_WRITE_DOCS=1 draws it anew."""
+    drawn = path_svg(path_picture(replace(LOST_KICK, remedy="")), styled=True) + "\n"
+    if os.environ.get("KICKCALL_WRITE_DOCS"):
+        PATH_PAGE.write_text(drawn)
+    assert PATH_PAGE.read_text() == drawn

@@ -24,6 +24,7 @@ from kickcall.watch.journal import Journal
 from kickcall.watch.live import HISTORY, LiveQueue
 from kickcall.watch.rows import Who
 from kickcall.watch.timeline import Moment, timeline
+from recorded import Recorded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,3 +144,18 @@ def test_a_time_line_without_a_journal_tells_what_was_seen(tmp_path: Path) -> No
     moments, problem = timeline(tmp_path / "none.db", [seen], since=0.0)
     assert moments == [seen]
     assert "there is no journal" in problem
+
+
+def test_a_machine_that_nobody_looks_at_any_more_is_not_known() -> None:
+    source = Recorded()
+    (recorded,) = source.recorded
+    at = recorded.live.looked_at
+    recorded.stall(1, at)
+    queue = recorded.live.queues[1]
+    at = recorded.live.looked_at
+    assert recorded.live.kind(queue, at + 4.0) is VerdictKind.LOST_KICK
+    assert recorded.live.kind(queue, at + 6.0) is VerdictKind.UNKNOWN
+    assert recorded.live.state(at + 6.0) == "not looked at for 6.0 s"
+    verdict = recorded.live.verdict(queue, at + 6.0)
+    assert (verdict.verdict, verdict.hop, verdict.event) == (VerdictKind.UNKNOWN, 0, None)
+    assert verdict.evidence[0].value == "not looked at for 6.0 s: nothing is known"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -311,3 +313,43 @@ def test_the_token_is_compared_whole() -> None:
     headers = {"host": "h", "origin": "http://h", "content-type": "application/json"}
     assert guard.refuse_event({**headers, "x-kickcall-token": "tökén"}) == ""
     assert guard.refuse_event({**headers, "x-kickcall-token": "tök"}) != ""
+
+
+def test_trouble_is_said_on_every_page(source: Recorded) -> None:
+    source.problem = "the watcher ended\x07"
+    try:
+        with site(source) as found:
+            assert found.frame()["trouble"] == "the watcher ended�"
+            assert found.frame("machine=vm000")["trouble"] == "the watcher ended�"
+    finally:
+        source.problem = ""
+
+
+def test_the_kernel_counts_only_if_that_was_asked_for(source: Recorded) -> None:
+    asked = f"machine=vm000&device={quote(DEVICE)}&queue=1"
+    with site(source) as found:
+        assert "--trace" in found.frame(asked)["not_counted"]
+    with site(source, count=True) as found:
+        assert found.frame(asked)["not_counted"] == "tracefs is not mounted"
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"), [("serve", "starlette"), ("serve", "uvicorn"), ("top", "textual")]
+)
+def test_what_has_to_be_installed_is_said_in_a_line(command: str, missing: str) -> None:
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['kickcall', {command!r}]\n"
+        "from kickcall.cli.main import run; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert f"pip install 'kickcall[{command}]'" in done.stderr
+
+
+def test_a_page_for_the_network_in_the_clear_is_refused_in_a_line() -> None:
+    command = [sys.executable, "-m", "kickcall", "serve", "--address", "192.0.2.7"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--tls-cert" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -52,6 +52,10 @@ def serve(
         bool,
         typer.Option("--allow-inject", help="Let who has the token kick and call from the page."),
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Count kicks and calls in the kernel, where one looks."),
+    ] = False,
     journal: JournalOption = None,
 ) -> None:
     """Serve a live page of all machines, devices and queues, on this host alone.
@@ -64,15 +68,17 @@ def serve(
     kickcall serve vm0 --allow-inject --port 9000
     kickcall serve --address 192.0.2.7 --tls-cert cert.pem --tls-key key.pem
     """
-    from kickcall.errors import UsageError
+    from kickcall.errors import KickcallError
     from kickcall.watch.feed import Feed
 
     try:
         from kickcall.serve import run
     except ModuleNotFoundError as exc:
-        raise UsageError(
-            f"kickcall serve needs {exc.name}: pip install 'kickcall[serve]' (or look in a "
-            "terminal: kickcall top)"
+        if (exc.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+            raise
+        raise KickcallError(
+            f"kickcall serve needs {exc.name}: pip install 'kickcall[serve]' (without it there is "
+            "kickcall top)"
         ) from exc
     token = secrets.token_urlsafe(18) if allow_inject else None
     options = run.Options(
@@ -83,6 +89,7 @@ def serve(
         key=tls_key,
         behind_proxy=behind_proxy,
         token=token,
+        count=trace,
     )
     run.check(options)
 

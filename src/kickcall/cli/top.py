@@ -34,7 +34,7 @@ def top(
     kickcall top
     kickcall top vm0 --refresh 1s
     """
-    from kickcall.errors import UsageError
+    from kickcall.errors import KickcallError, UsageError
     from kickcall.watch.feed import Feed
 
     seconds = seconds_of(refresh)
@@ -43,8 +43,10 @@ def top(
     try:
         from kickcall.top.app import Top
     except ModuleNotFoundError as exc:
-        raise UsageError(
-            f"kickcall top needs {exc.name}: pip install 'kickcall[top]' (or watch without it: "
+        if (exc.name or "").partition(".")[0] not in ("textual",):
+            raise
+        raise KickcallError(
+            f"kickcall top needs {exc.name}: pip install 'kickcall[top]' (without it there is "
             "kickcall watch)"
         ) from exc
     with Feed(machines or [], "kickcall top", journal) as feed:

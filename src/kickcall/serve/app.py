@@ -36,6 +36,7 @@ _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+_NOT_ASKED = "only kickcall serve --trace has the kernel count kicks and calls"
 _STREAMS_MOST = 64
 _BODY_MOST = 4096
 _SHARE = 9
@@ -59,7 +60,10 @@ class EventBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Pages:
-    """Answers requests from `source`, `every_s` seconds between two frames of a stream."""
+    """Answers requests from `source`, `every_s` seconds between two frames of a stream.
+
+    With `count` the kernel counts the kicks and calls of machines whose queues are looked at.
+    """
 
     def __init__(
         self,
@@ -67,11 +71,13 @@ class Pages:
         guard: Guard,
         *,
         every_s: float = 0.1,
+        count: bool = False,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._source = source
         self._guard = guard
         self._every_s = every_s
+        self._count = count
         self._stopping = stopping
         self._streams = 0
         self._files = {
@@ -135,7 +141,8 @@ class Pages:
                 started = time.monotonic()
                 frame = self._frame(machine, device, queue)
                 moments, problem = await self._timeline()
-                frame = {**frame, "moments": moments, "problem": problem}
+                trouble = printable(self._source.problem)
+                frame = {**frame, "moments": moments, "problem": problem, "trouble": trouble}
                 if changed := _changes(told, frame):
                     yield _message("frame", changed)
                     said_at = started
@@ -170,7 +177,9 @@ class Pages:
             return {"view": "machine", **frames.machine_frame(machine, now)}
         for one in machine.queues:
             if frames.sane(one.fixed.device) == device and str(one.fixed.queue) == queue:
-                not_counted = self._source.count(machine)
+                not_counted = _NOT_ASKED
+                if self._count:
+                    not_counted = self._source.count(machine)
                 return {
                     "view": "queue",
                     **frames.queue_frame(machine, one, now),

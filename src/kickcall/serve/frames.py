@@ -57,12 +57,11 @@ def overview(machines: Sequence[LiveMachine], at: float) -> dict[str, Any]:
     for machine in machines:
         bad = out = 0
         requests = completions = 0.0
-        worst = VerdictKind.UNKNOWN if machine.why_not else VerdictKind.IDLE
-        if machine.paused:
-            worst = VerdictKind.VM_NOT_RUNNING
+        of_all = machine.of_all(at)
+        worst = of_all or VerdictKind.IDLE
         worst_rank = severity(worst)
         for queue in machine.queues:
-            kind = worst if machine.paused else queue.kind(at)
+            kind = of_all or queue.kind(at)
             if (rank := severity(kind)) > worst_rank:
                 worst, worst_rank = kind, rank
             if rank == 3:
@@ -83,7 +82,7 @@ def overview(machines: Sequence[LiveMachine], at: float) -> dict[str, Any]:
             "name": printable(machine.name),
             "link": sane(machine.name) if names[machine.name] == 1 else machine.key,
             "pid": machine.machine.pid,
-            "state": machine.state,
+            "state": machine.state(at),
             "why": printable(machine.why_not),
             "verdict": verdict_of(worst),
             "rank": worst_rank,
@@ -121,7 +120,7 @@ def machine_frame(machine: LiveMachine, at: float) -> dict[str, Any]:
         "name": printable(machine.name),
         "pid": machine.machine.pid,
         "version": printable(machine.machine.version),
-        "state": machine.state,
+        "state": machine.state(at),
         "why": printable(machine.why_not),
         "devices": [
             {
@@ -142,7 +141,7 @@ def machine_frame(machine: LiveMachine, at: float) -> dict[str, Any]:
                 "queue": queue.fixed.queue,
                 "verdict": verdict_of(machine.kind(queue, at)),
                 "hop": queue.verdict.hop
-                if queue.verdict is not None and queue.stalled_for(at)
+                if queue.verdict is not None and machine.kind(queue, at).stalled
                 else 0,
                 **_numbers(queue, at),
                 "ring": ring_values(queue.ring()),

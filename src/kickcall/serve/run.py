@@ -36,6 +36,8 @@ class Options:
     behind_proxy: bool = False
     token: str | None = None
     """What a page must show to raise an event; None: nothing is ever raised."""
+    count: bool = False
+    """Whether the kernel counts kicks and calls while somebody looks at a queue."""
     every_s: float = 0.1
 
 
@@ -82,7 +84,13 @@ def server(source: Source, options: Options) -> uvicorn.Server:
     """Return a server that is not started."""
     guard = Guard(hosts_of(options.address, options.names), options.token)
     made: list[uvicorn.Server] = []
-    pages = Pages(source, guard, every_s=options.every_s, stopping=lambda: made[0].should_exit)
+    pages = Pages(
+        source,
+        guard,
+        every_s=options.every_s,
+        count=options.count,
+        stopping=lambda: made[0].should_exit,
+    )
     config = uvicorn.Config(
         pages.app(),
         log_level="warning",

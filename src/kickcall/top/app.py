@@ -115,6 +115,7 @@ class Top(App[None]):
             Span(f" {machines} machine{'s' * (machines != 1)}, {self._rows.all} queues, "),
             Span(f"{'✗ ' * bool(stalled)}{told}", Tone.BAD if stalled else Tone.GOOD),
             Span(filtered, Tone.UNSURE),
+            Span(f"  {problem}" if (problem := self._source.problem) else "", Tone.BAD),
             Span(f"  {ORDERS[self._order].name}  {time.strftime('%H:%M:%S')}", Tone.FAINT),
         )
 

@@ -108,10 +108,10 @@ class Rows:
             ):
                 before = (state, list(_rows(machine)))
             kept[machine] = before
-            paused = machine.paused
+            of_all = machine.of_all(at)
             for row in before[1]:
                 if row.queue is not None:
-                    row.kind = VerdictKind.VM_NOT_RUNNING if paused else row.queue.kind(at)
+                    row.kind = of_all or row.queue.kind(at)
                     row.stalled_s = row.queue.stalled_for(at) if row.kind.stalled else 0.0
             rows += before[1]
         self._of = kept

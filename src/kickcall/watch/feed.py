@@ -52,6 +52,10 @@ class Source(Protocol):
         """All machines, in no order."""
 
     @property
+    def problem(self) -> str:
+        """What somebody should know of how machines are looked at; empty where all is well."""
+
+    @property
     def now(self) -> float:
         """The time of the clock that the machines' times are of."""
 
@@ -86,7 +90,7 @@ class Feed:
         book = Book(None, lambda _: None, kept=False)
         healer = Healer(book, Rules(), enabled=False)
         self._daemon = Daemon(wanted, Settings(), healer, self._hear, onlooker=self)
-        self._thread = threading.Thread(target=self._daemon.run, name="watcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -96,6 +100,14 @@ class Feed:
         self._daemon.stop()
         self._counting.close()
         self._thread.join(5.0)
+
+    def _run(self) -> None:
+        try:
+            self._daemon.run()
+        except BaseException as exc:
+            # Who draws goes on, and must not show the past as if it were now.
+            self._complain(f"the watcher ended, nothing is looked at any more: {exc!r}")
+            raise
 
     # --- for who draws ---
 

@@ -16,7 +16,7 @@ from kickcall.diagnose.states import QueueRole, Thresholds
 from kickcall.diagnose.track import advance, outstanding, span
 from kickcall.diagnosis import not_watched, on_the_wall
 from kickcall.draw.ring import ring_picture
-from kickcall.draw.tones import severity
+from kickcall.draw.text import duration
 from kickcall.model import Evidence, Layout, VerdictKind
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ _MOVED_S = 1.5
 """A queue that moved no longer ago is moving."""
 _STALL_S = 0.5
 """What stands still for less is no stall yet: `kickcall diagnose` waits as long."""
+_LATE_S = 5.0
+"""A machine that was not looked at for so long is not known any more."""
 _MARKS = 64
 """Moments of publishing that are remembered, to tell how long the oldest request has waited."""
 
@@ -273,26 +275,30 @@ class LiveMachine:
         """Its name, as it says itself."""
         return self.machine.name
 
-    @property
-    def state(self) -> str:
-        """How it is watched, in words."""
+    def state(self, at: float) -> str:
+        """Return how it is watched, in words."""
         if self.why_not:
             return "not watched"
-        return "paused" if self.paused else "running"
+        if self.paused:
+            return "paused"
+        if (late := at - self.looked_at) > _LATE_S:
+            return f"not looked at for {duration(late)}"
+        return "running"
+
+    def of_all(self, at: float) -> VerdictKind | None:
+        """Return the verdict on all of its queues, where there is one; else each has its own.
+
+        What was seen last says nothing of a machine that is not looked at any more.
+        """
+        if self.paused:
+            return VerdictKind.VM_NOT_RUNNING
+        if self.why_not or at - self.looked_at > _LATE_S:
+            return VerdictKind.UNKNOWN
+        return None
 
     def kind(self, queue: LiveQueue, at: float) -> VerdictKind:
         """Return the verdict on a queue at that moment."""
-        return VerdictKind.VM_NOT_RUNNING if self.paused else queue.kind(at)
-
-    def worst(self, at: float) -> VerdictKind:
-        """Return the worst that is said of any of its queues."""
-        if self.why_not:
-            return VerdictKind.UNKNOWN
-        if self.paused:
-            return VerdictKind.VM_NOT_RUNNING
-        kinds = [queue.kind(at) for queue in self.queues]
-        kinds += [one.without_queues.verdict for one in self.devices if one.without_queues]
-        return max(kinds, key=severity, default=VerdictKind.IDLE)
+        return self.of_all(at) or queue.kind(at)
 
     def verdict(self, queue: LiveQueue, at: float) -> Verdict:
         """Return the verdict on a queue at that moment, with its evidence."""
@@ -306,7 +312,9 @@ class LiveMachine:
             if known is not None and known.verdict is kind:
                 fresh = replace(known, since_s=queue.stalled_for(at) or known.since_s)
             else:
-                because = Evidence("because", _BECAUSE.get(kind, ""), self.looked_at)
+                late = self.of_all(at) is VerdictKind.UNKNOWN
+                why = f"{self.state(at)}: nothing is known" if late else _BECAUSE.get(kind, "")
+                because = Evidence("because", why, self.looked_at)
                 evidence = (because, *fresh.evidence[1:])
                 fresh = replace(
                     fresh, verdict=kind, hop=0, evidence=evidence, remedy="Nothing.", event=None

@@ -8,6 +8,7 @@ import { makeTimeline } from "./timeline.js";
 const main = document.getElementById("main");
 const link = document.getElementById("link");
 const crumbs = document.getElementById("crumbs");
+const trouble = document.getElementById("trouble");
 const announce = document.getElementById("announce");
 let stream = null;
 let mayInject = false;
@@ -90,6 +91,8 @@ function show() {
       view.of = changed.view;
       main.replaceChildren(view.node);
     }
+    setText(trouble, state.trouble || "");
+    trouble.hidden = !state.trouble;
     view.update(state, changed);
     stalls = tellStalls(state, stalls);
     const title = view.title(state);
