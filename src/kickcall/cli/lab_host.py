@@ -23,6 +23,10 @@ _DEFAULT_NAME = "kvm-host"
 HostName = Annotated[str, typer.Option(metavar="NAME", help="The host's name.")]
 Memory = Annotated[int, typer.Option(min=1024, help="The host's memory, MiB.")]
 Cpus = Annotated[int, typer.Option(min=1, max=64, help="The host's CPUs.")]
+Assignable = Annotated[
+    bool,
+    typer.Option("--assignable", help="With an IOMMU, and an NVMe controller to give a guest."),
+]
 
 
 @app.command()
@@ -30,6 +34,7 @@ def up(
     name: HostName = _DEFAULT_NAME,
     memory: Memory = 4096,
     cpus: Cpus = 2,
+    assignable: Assignable = False,
     json: JsonOption = False,
 ) -> None:
     """Boot a KVM host; it runs until `kickcall lab host down`.
@@ -43,7 +48,7 @@ def up(
 
         kickcall lab host run -- kickcall lab up vm0 --device vhost-scsi,queues=2
     """
-    host = _boot(name, memory, cpus, outlives=True)
+    host = _boot(name, memory, cpus, assignable, outlives=True)
     if json:
         print_json(
             {
@@ -68,6 +73,7 @@ def run(
     name: HostName = _DEFAULT_NAME,
     memory: Memory = 4096,
     cpus: Cpus = 2,
+    assignable: Assignable = False,
 ) -> None:
     """Run a program in the KVM host, as root, and exit with its status.
 
@@ -87,7 +93,7 @@ def run(
     signal.signal(signal.SIGTERM, _interrupted)
     if LabHost.is_up(name):
         raise typer.Exit(LabHost.find(name).run(command))
-    with _boot(name, memory, cpus, outlives=False) as host:
+    with _boot(name, memory, cpus, assignable, outlives=False) as host:
         status = host.run(command)
     raise typer.Exit(status)
 
@@ -106,13 +112,14 @@ def down(name: HostName = _DEFAULT_NAME) -> None:
     typer.echo(f"{name} is down")
 
 
-def _boot(name: str, memory: int, cpus: int, *, outlives: bool) -> LabHost:
+def _boot(name: str, memory: int, cpus: int, assignable: bool, *, outlives: bool) -> LabHost:
     from kickcall.lab.host import boot_host
 
     return boot_host(
         name,
         memory_mib=memory,
         cpus=cpus,
+        assignable=assignable,
         outlives=outlives,
         tell=lambda step: typer.echo(f"lab: {step}", err=True),
     )

@@ -48,6 +48,19 @@ MODULES = (
 )
 """Loaded when the host comes up, beside KVM."""
 
+ASSIGNABLE = "0000:00:10.0"
+"""The PCI address of the device that a host has for a guest."""
+_VFIO_MODULES = ("vfio-pci", "vfio_iommu_type1")
+_IOMMU = (
+    # Before the devices that it is for.
+    *("-device", "intel-iommu,intremap=on"),
+    *("-device", "nvme,id=assignable,serial=assignable,addr=0x10"),
+    *("-blockdev", f"driver=null-co,node-name=assignable-disk,size={64 << 20},read-zeroes=on"),
+    *("-device", "nvme-ns,bus=assignable,drive=assignable-disk"),
+)
+"""VT-d with interrupt remapping, without which Linux assigns nothing (vfio_iommu_type1.c,
+allow_unsafe_interrupts); the processor need not be Intel's."""
+
 _TAG = "lab"
 _POLL = 0.05
 """Seconds between two looks for output."""
@@ -65,12 +78,14 @@ def boot_host(
     *,
     memory_mib: int = 4096,
     cpus: int = 2,
+    assignable: bool = False,
     outlives: bool = False,
     timeout: float = 120.0,
     tell: Tell = log_progress,
 ) -> LabHost:
     """Boot a KVM host and return it when it takes commands (10 s, under TCG on 2 cores).
 
+    With `assignable` it has an IOMMU, and an NVMe controller at `ASSIGNABLE` to give a guest.
     Unless it `outlives` this process, it is taken down with it, as any lab machine.
     """
     nested = usable_kvm() and _kvm_nests()
@@ -82,12 +97,14 @@ def boot_host(
     machine = prepare(spec, qemu, outlives=outlives)
     host = LabHost(machine)
     try:
-        host.make_folders(image)
+        host.make_folders(image, MODULES + _VFIO_MODULES if assignable else MODULES)
         tell(f"booting the KVM host {name}")
         folder = str(machine.folder)
         arguments = [
             *machine_arguments(machine.spec, folder),
-            *_host_arguments(host, image, nested),
+            *(_IOMMU if assignable else ()),
+            *(("-M", "kernel-irqchip=split") if assignable and nested else ()),
+            *_host_arguments(host, image, nested, "intel_iommu=on iommu=pt" if assignable else ""),
         ]
         start_qemu(machine, qemu, arguments, timeout)
         wait_for_guest(machine, timeout)
@@ -132,7 +149,7 @@ class LabHost:
         """A folder that the host may write to; it has the same path inside and outside."""
         return self._folder / "shared"
 
-    def make_folders(self, image: HostImage) -> None:
+    def make_folders(self, image: HostImage, modules: Sequence[str] = MODULES) -> None:
         """Write what the host reads when it comes up."""
         self.shared.mkdir(parents=True)
         (self._folder / "jobs").mkdir()
@@ -141,7 +158,7 @@ class LabHost:
             # Where lab_folder() is in the host, which has no XDG_RUNTIME_DIR.
             "machines": f"/tmp/kickcall-lab-{os.getuid()}",
             "shared": str(self.shared),
-            "load": " ".join(MODULES),
+            "load": " ".join(modules),
         }
         lines = [f"{name}={shlex.quote(value)}\n" for name, value in settings.items()]
         (self._folder / "settings").write_text("".join(lines))
@@ -250,13 +267,16 @@ class _Copy:
             self._to.flush()
 
 
-def _host_arguments(host: LabHost, image: HostImage, nested: bool) -> list[str]:
+def _host_arguments(
+    host: LabHost, image: HostImage, nested: bool, kernel_arguments: str
+) -> list[str]:
     folder = host.machine.folder
     accelerator = "kvm" if nested else "tcg,thread=multi,tb-size=1024"
     return [
         *("-accel", accelerator, "-cpu", "host" if nested else "EPYC,+svm,+npt"),
         *("-kernel", str(image.boot.kernel), "-initrd", str(image.boot.initramfs)),
-        *("-append", "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check"),
+        "-append",
+        f"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check {kernel_arguments}".strip(),
         # Tells QEMU where the kernel keeps its VMCOREINFO, without which a dump is no vmcore.
         *("-no-reboot", "-device", "vmcoreinfo"),
         *("-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"),
