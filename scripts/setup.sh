@@ -27,6 +27,7 @@ qemu-system-aarch64   qemu-system-arm
 socat                 socat
 nc                    netcat-openbsd
 /usr/bin/chromium     chromium
+openssl               openssl
 /usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf fonts-dejavu-core
 gcc                   gcc
 objcopy               binutils

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -50,4 +51,8 @@ def top(
             "kickcall watch)"
         ) from exc
     with Feed(machines or [], "kickcall top", journal) as feed:
-        Top(feed, every_s=seconds, count=bool(machines)).run()
+        app = Top(feed, every_s=seconds, count=bool(machines))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # The terminal is given back as it was.
+            signal.signal(number, lambda *_: app.exit())
+        app.run()

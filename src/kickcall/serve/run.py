@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -113,8 +114,17 @@ def serve(source: Source, options: Options, told: Callable[[str], None]) -> None
     """Serve until SIGINT or SIGTERM. `told` is given the page's address when it can be opened."""
     check(options)
     with listening(options) as listener:
+        running = server(source, options)
+
+        def stop(*_: object) -> None:
+            running.should_exit = True
+
+        # uvicorn takes these over while it runs, and raises what it got once more when it has
+        # ended: whoever serves is to end as well, and not to be killed.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
         told(url_of(options, listener))
-        server(source, options).run(sockets=[listener])
+        running.run(sockets=[listener])
 
 
 @contextlib.contextmanager

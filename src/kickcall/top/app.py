@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rich.cells import set_cell_size
 from textual.app import App
+from textual.binding import Binding
 from textual.widgets import Input
 
 from kickcall.draw.lines import Line, Span
@@ -40,6 +41,7 @@ class Top(App[None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         ("q", "quit", "quit"),
+        Binding("ctrl+c", "quit", "quit", priority=True),
         ("question_mark", "help", "help"),
         ("slash", "filter", "filter"),
         ("s", "sort", "sort"),
