@@ -22,7 +22,10 @@ _DEFAULT_NAME = "kvm-host"
 
 HostName = Annotated[str, typer.Option(metavar="NAME", help="The host's name.")]
 Memory = Annotated[int, typer.Option(min=1024, help="The host's memory, MiB.")]
-Cpus = Annotated[int, typer.Option(min=1, max=64, help="The host's CPUs.")]
+Cpus = Annotated[
+    int | None,
+    typer.Option(min=1, max=64, help="The host's CPUs.  [default: 2; 1 under TCG]"),
+]
 Assignable = Annotated[
     bool,
     typer.Option("--assignable", help="With an IOMMU, and an NVMe controller to give a guest."),
@@ -33,7 +36,7 @@ Assignable = Annotated[
 def up(
     name: HostName = _DEFAULT_NAME,
     memory: Memory = 4096,
-    cpus: Cpus = 2,
+    cpus: Cpus = None,
     assignable: Assignable = False,
     json: JsonOption = False,
 ) -> None:
@@ -72,7 +75,7 @@ def run(
     ],
     name: HostName = _DEFAULT_NAME,
     memory: Memory = 4096,
-    cpus: Cpus = 2,
+    cpus: Cpus = None,
     assignable: Assignable = False,
 ) -> None:
     """Run a program in the KVM host, as root, and exit with its status.
@@ -112,7 +115,7 @@ def down(name: HostName = _DEFAULT_NAME) -> None:
     typer.echo(f"{name} is down")
 
 
-def _boot(name: str, memory: int, cpus: int, assignable: bool, *, outlives: bool) -> LabHost:
+def _boot(name: str, memory: int, cpus: int | None, assignable: bool, *, outlives: bool) -> LabHost:
     from kickcall.lab.host import boot_host
 
     return boot_host(

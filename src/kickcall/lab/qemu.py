@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 MIRROR = "http://deb.debian.org/debian"
 _DEVICES = ("kvm", "vhost-net", "vhost-scsi", "vhost-vsock", "net/tun")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_EMULATES_SVM = (10, 0)
-"""The first QEMU of which it was seen that a KVM host under its TCG lasts.
-
-Under 7.2's an interrupt may reach the host right after #VMEXIT, while the global interrupt flag is
-clear and GS still the guest's: within two minutes of work, five times in five, Linux 6.1.192 died
-in __svm_vcpu_run of a stack that asm_exc_page_fault had filled. Under 10.0.13's, never.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,38 +48,6 @@ def find_qemu(name: str, tell: Tell, board: Board = BOARDS["q35"]) -> Qemu:
     with locked("qemu-devices"):
         _give_devices(root)
     return Qemu((tool("chroot", "coreutils"), str(root), board.program), root)
-
-
-def qemu_that_emulates_svm(tell: Tell) -> Qemu:
-    """Return a QEMU under whose TCG a KVM host runs, and that sees this machine's files.
-
-    Where the installed one is too old and the user is root, it is that of Debian trixie, run by
-    its own loader in place of chroot. Others get the installed one, and are told.
-    """
-    installed = find_qemu("system", tell)
-    said = run_tool([*installed.command, "--version"], doing="asking QEMU for its version")
-    version = re.search(r"version (\d+)\.(\d+)", said)
-    if version is not None and (int(version[1]), int(version[2])) >= _EMULATES_SVM:
-        return installed
-    if os.geteuid() != 0:
-        tell(
-            f"{said.splitlines()[0]} emulates AMD's virtualization with a fault: the host may "
-            "crash within minutes. As root, the lab takes Debian trixie's QEMU instead"
-        )
-        return installed
-    root = find_qemu("trixie", tell).root
-    assert root is not None
-    libraries = Path("usr/lib/x86_64-linux-gnu")
-    share = root / "usr/share"
-    return Qemu(
-        (
-            *(tool("env", "coreutils"), f"QEMU_MODULE_DIR={root / libraries / 'qemu'}"),
-            str(root / "lib64/ld-linux-x86-64.so.2"),
-            *("--library-path", f"{root / libraries}:{root / libraries.relative_to('usr')}"),
-            str(root / "usr/bin" / BOARDS["q35"].program),
-            *("-L", str(share / "qemu"), "-L", str(share / "seabios")),
-        )
-    )
 
 
 def usable_kvm() -> bool:
