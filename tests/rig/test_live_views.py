@@ -122,6 +122,7 @@ def test_the_page_shows_the_break_at_once_and_repairs_it(
         errors: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda said: errors.extend([said.text] * (said.type == "error")))
         page.goto(url)
         page.get_by_role("link", name=machine.name, exact=True).click()
         page.wait_for_selector(".queue svg")
@@ -159,7 +160,8 @@ def test_the_page_shows_the_break_at_once_and_repairs_it(
         page.goto(permalink)
         page.wait_for_selector('.flat [data-hop="3"].taken')
         assert {urlsplit(one).netloc for one in asked} == {urlsplit(url).netloc}
-        assert errors == []
+        # The wrong token is the one thing that was refused.
+        assert [one for one in errors if "403 (Forbidden)" not in one] == []
         page.close()
 
 

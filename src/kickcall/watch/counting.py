@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _WANTED_S = 10.0
 """For so long after somebody asked it is counted on."""
 _EVERY_S = 0.5
+_RETRY_S = 30.0
 
 
 class Counting:
@@ -29,16 +30,19 @@ class Counting:
     def __init__(self) -> None:
         self._wanted: dict[LiveMachine, float] = {}
         self._threads: dict[LiveMachine, threading.Thread] = {}
-        self._why_not: dict[LiveMachine, str] = {}
+        self._why_not: dict[LiveMachine, tuple[str, float]] = {}
+        """Why it failed, and when."""
         self._stop = threading.Event()
         self._lock = threading.Lock()
 
     def want(self, machine: LiveMachine) -> str:
         """Have a machine's notifications counted for some seconds; return why that fails, if so."""
         with self._lock:
-            self._wanted[machine] = time.monotonic()
-            why = self._why_not.get(machine, "")
-            if not why and machine not in self._threads and not self._stop.is_set():
+            now = self._wanted[machine] = time.monotonic()
+            why, failed_at = self._why_not.get(machine, ("", 0.0))
+            if why and now >= failed_at + _RETRY_S:
+                del self._why_not[machine]
+            elif not why and machine not in self._threads and not self._stop.is_set():
                 thread = threading.Thread(
                     target=self._count, args=(machine,), name="counting", daemon=True
                 )
@@ -46,12 +50,18 @@ class Counting:
                 thread.start()
         return why
 
+    def forget(self, machine: LiveMachine) -> None:
+        """Take note that a machine ended."""
+        with self._lock:
+            self._wanted.pop(machine, None)
+            self._why_not.pop(machine, None)
+
     def _count(self, machine: LiveMachine) -> None:
         try:
             self._record(machine)
         except (KickcallError, OSError) as exc:
             with self._lock:
-                self._why_not[machine] = printable(exc)
+                self._why_not[machine] = (printable(exc), time.monotonic())
         finally:
             for queue in machine.queues:
                 queue.kicks_s = queue.calls_s = None
@@ -62,7 +72,7 @@ class Counting:
         with attach(machine.machine.pid) as attached, attached.record() as recording:
             before: dict[Which, int] = {}
             at = time.monotonic()
-            while time.monotonic() < self._wanted[machine] + _WANTED_S:
+            while time.monotonic() < self._wanted.get(machine, 0.0) + _WANTED_S:
                 if self._stop.wait(_EVERY_S):
                     return
                 counts = {which: one.total for which, one in recording.counts().items()}

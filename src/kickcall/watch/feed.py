@@ -205,7 +205,9 @@ class Feed:
         self._live(machine).lose(printable(why))
 
     def gone(self, machine: WatchedMachine) -> None:
-        self._machines.pop(machine, None)
+        live = self._machines.pop(machine, None)
+        if live is not None:
+            self._counting.forget(live)
         self._set_pace()
 
     def _live(self, machine: WatchedMachine) -> LiveMachine:

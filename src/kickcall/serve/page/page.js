@@ -135,6 +135,8 @@ function show() {
   mine.addEventListener("error", () => {
     link.className = "state lost";
     setText(link, "no connection, trying again");
+    // A browser does not come back by itself to a server that was too busy.
+    if (mine.readyState === EventSource.CLOSED) setTimeout(() => stream === mine && show(), 3000);
   });
 }
 
