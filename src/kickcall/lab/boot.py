@@ -64,7 +64,7 @@ def boot(
     machine = prepare(spec, qemu, outlives=outlives)
     try:
         start_backends(machine, timeout)
-        image = _image_for(qemu, guest_image(tell, board.architecture))
+        image = _image_for(qemu, guest_image(tell, board.architecture, full=spec.needs_full_kernel))
         inside = folder_inside(machine, qemu)
         accelerated = board.architecture == "amd64" and usable_kvm()
         start_qemu(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from kickcall.errors import LabError
 from kickcall.lab import cpio
 from kickcall.lab.cache import built, log_progress
 from kickcall.lab.foreign import unpacked_arm64
@@ -17,6 +18,7 @@ from kickcall.lab.packages import (
     distribution,
     kernel_files,
     unpacked_busybox,
+    unpacked_host_kernel,
     unpacked_kernel,
 )
 
@@ -42,6 +44,9 @@ MODULES = (
     "vmw_vsock_virtio_transport",
 )
 
+FULL_MODULES = (*MODULES, "e1000", "e1000e", "igb", "nvme")
+"""What only the distribution's whole kernel has beside them."""
+
 _FOLDERS = ("bin", "sbin", "usr", "usr/bin", "usr/sbin", "dev", "proc", "sys", "run", "tmp")
 
 
@@ -53,16 +58,22 @@ class GuestImage:
     initramfs: Path
 
 
-def guest_image(tell: Tell = log_progress, architecture: Architecture = "amd64") -> GuestImage:
+def guest_image(
+    tell: Tell = log_progress, architecture: Architecture = "amd64", *, full: bool = False
+) -> GuestImage:
     """Return the guest image from the cache; the first time, download and build it (10 s).
 
-    To have it built from a newer kernel package, delete the cache folder.
+    With `full` its kernel is the distribution's whole one, with drivers for real hardware. To have
+    it built from a newer kernel package, delete the cache folder.
     """
     scripts = {name: script(name) for name in ("init", "agent")}
-    recipe = hashlib.sha256(repr((MODULES, _FOLDERS, sorted(scripts.items()))).encode())
+    if full and architecture != "amd64":
+        raise LabError(f"the lab has no whole kernel for {architecture}")
+    modules = FULL_MODULES if full else MODULES
+    recipe = hashlib.sha256(repr((modules, _FOLDERS, sorted(scripts.items()))).encode())
     source = distribution().id if architecture == "amd64" else architecture
     name = f"guest-{source}-{recipe.hexdigest()[:12]}"
-    folder = built(name, lambda unfinished: _build(unfinished, scripts, architecture, tell))
+    folder = built(name, lambda unfinished: _build(unfinished, scripts, architecture, full, tell))
     return GuestImage(folder / "vmlinuz", folder / "initramfs")
 
 
@@ -71,10 +82,16 @@ def script(name: str) -> bytes:
     return resources.files("kickcall.lab").joinpath("guest_files", name).read_bytes()
 
 
-def _build(folder: Path, scripts: dict[str, bytes], architecture: Architecture, tell: Tell) -> None:
+def _build(
+    folder: Path,
+    scripts: dict[str, bytes],
+    architecture: Architecture,
+    full: bool,
+    tell: Tell,
+) -> None:
     ours = busybox_program(unpacked_busybox(tell))
     if architecture == "amd64":
-        kernel, program = unpacked_kernel(tell), ours
+        kernel, program = (unpacked_host_kernel if full else unpacked_kernel)(tell), ours
     else:
         kernel = unpacked_arm64(tell)
         program = busybox_program(kernel)
@@ -82,7 +99,7 @@ def _build(folder: Path, scripts: dict[str, bytes], architecture: Architecture, 
     vmlinuz, tree = kernel_files(kernel)
     entries = [cpio.folder(name) for name in (*_FOLDERS, "modules")]
     entries += busybox_entries(program, ours)
-    entries += module_entries(tree, MODULES)
+    entries += module_entries(tree, FULL_MODULES if full else MODULES)
     entries.extend(cpio.file(name, content, 0o755) for name, content in scripts.items())
     (folder / "initramfs").write_bytes(cpio.archive(entries))
     (folder / "vmlinuz").write_bytes(vmlinuz.read_bytes())

@@ -246,6 +246,52 @@ class VhostVsock(DeviceSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class E1000e(DeviceSpec):
+    """Intel's 82574L on a user network of its own, cut off from the world.
+
+    The network is 10.1.SLOT.0: QEMU answers as .2, and the guest is .15.
+    """
+
+    kind: ClassVar[str] = "e1000e"
+    prefix: ClassVar[str] = "e1000e-"
+
+    @property
+    def guest_address(self) -> str:
+        return f"10.1.{self.slot}.15"
+
+    @property
+    def host_address(self) -> str:
+        return f"10.1.{self.slot}.2"
+
+    @property
+    def mac(self) -> str:
+        return f"52:54:00:6b:64:{self.slot:02x}"
+
+    def arguments(self, folder: str, poll_ns: int) -> list[str]:
+        own = [f"netdev={self.id}-user", f"mac={self.mac}", "romfile="]
+        return [
+            *("-netdev", f"user,id={self.id}-user,net=10.1.{self.slot}.0/24,restrict=on"),
+            *("-device", self.properties(self.kind, *own)),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class E1000(E1000e):
+    """Intel's 82540EM on the same."""
+
+    kind: ClassVar[str] = "e1000"
+    prefix: ClassVar[str] = "e1000-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Igb(E1000e):
+    """Intel's 82576 on the same (QEMU 8.0 and newer)."""
+
+    kind: ClassVar[str] = "igb"
+    prefix: ClassVar[str] = "igb"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OtherDevice(DeviceSpec):
     """Any other PCI device that needs only `-device`: `OtherDevice(driver="virtio-rng-pci")`."""
 
@@ -266,6 +312,9 @@ AnyDevice = (
     | VhostScsi
     | VhostNet
     | VhostVsock
+    | E1000e
+    | E1000
+    | Igb
     | OtherDevice
 )
 KINDS: dict[str, type[AnyDevice]] = {kind.kind: kind for kind in get_args(AnyDevice)}
@@ -297,6 +346,9 @@ class MachineSpec:
     arguments: tuple[str, ...] = field(default=())
     """More arguments for QEMU, as they are."""
     kernel_arguments: str = ""
+    """For a module, as `e1000e.IntMode=0`, too."""
+    full_kernel: bool = False
+    """The distribution's whole kernel in place of the small one. Always so for a real card."""
 
     def complete(self) -> MachineSpec:
         """Return the same machine with an id and a PCI slot for every device.
@@ -329,6 +381,10 @@ class MachineSpec:
             if twice:
                 raise LabError(f"two devices of the lab machine have the same {what}: {twice[0]}")
         return replace(self, devices=tuple(devices))
+
+    @property
+    def needs_full_kernel(self) -> bool:
+        return self.full_kernel or any(isinstance(d, E1000e) for d in self.devices)
 
     @property
     def memory_is_shared(self) -> bool:
@@ -372,9 +428,10 @@ def machine_arguments(spec: MachineSpec, folder: str) -> list[str]:
 def guest_arguments(spec: MachineSpec, folder: str, image: GuestImage, *, kvm: bool) -> list[str]:
     """Return QEMU's arguments that boot the guest and its agent's channel."""
     addresses = "".join(
-        f" lab.address={device.mac},{device.guest_address}/{VHOST_NET_PREFIX_LENGTH}"
+        f" lab.address={device.mac},{device.guest_address}/{length}"
         for device in spec.devices
-        if isinstance(device, VhostNet)
+        for kind, length in ((VhostNet, VHOST_NET_PREFIX_LENGTH), (E1000e, 24))
+        if isinstance(device, kind)
     )
     board = BOARDS[spec.board]
     return [

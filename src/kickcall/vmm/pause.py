@@ -49,7 +49,8 @@ class RegisterWrite:
     """One register to write, and what proves that it still is that register."""
 
     address: int
-    data: bytes
+    data: bytes | int
+    """What to write; a number is that of the bytes to write back as they stand there then."""
     checks: tuple[Check, ...] = ()
     function: dict[str, Any] | None = None
     """What `query-pci` said of the device when the address was looked up."""
@@ -89,7 +90,9 @@ def write_paused(session: VmmSession, write: RegisterWrite) -> float:
         "function": write.function
         and [write.function.get("qdev_id"), write.function.get("regions")],
         "checks": [[check.address, check.mask, check.value] for check in write.checks],
-        "writes": [[write.address, write.data.hex()]],
+        "writes": [
+            [write.address, write.data if isinstance(write.data, int) else write.data.hex()]
+        ],
     }
     with _Guard(order) as guard:
         guard.listen(_SILENCE_S)

@@ -225,7 +225,9 @@ def _write(
         problem = problem or _changed(monitor, stub, order)
         if not problem:
             for address, data in order["writes"]:
-                stub.write(address, bytes.fromhex(data))
+                # A number of bytes: nobody but us can change them now, so they are written back.
+                kept = isinstance(data, int)
+                stub.write(address, stub.read(address, data) if kept else bytes.fromhex(data))
         stub.physical(False)
         if ours:
             stub.detach()
