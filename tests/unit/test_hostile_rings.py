@@ -220,6 +220,7 @@ def look_at_hostile_rings(rng: random.Random) -> None:
         memory=RAM,
         has_iommu=False,
         process=SimpleNamespace(pid=42),
+        machine=SimpleNamespace(command=("qemu-system-x86_64",)),
         position_ranges=lambda device, queue: position,
     )
     with pytest.MonkeyPatch.context() as patch:

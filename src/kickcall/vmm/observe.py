@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 _NUM_MAX = 1 << 15
 """The largest queue (virtio 1.4, 2.7 and 2.8)."""
+_BIG_ENDIAN = re.compile(r"qemu-system-(s390x|ppc|ppc64|sparc|sparc64|m68k|mips|mips64|hppa)$")
+"""Where legacy rings may have the guest's own byte order (virtio 1.4, 2.6.3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,10 @@ def locate(
         return [], f"a queue of {rings.num} entries cannot be: not read"
     if session.has_iommu and "VIRTIO_F_IOMMU_PLATFORM" in device.device.features:
         return [], "behind a virtual IOMMU its rings cannot be located: not read"
+    features = device.device.features
+    program = os.path.basename(session.machine.command[0]) if session.machine.command else ""
+    if "VIRTIO_F_VERSION_1" not in features and _BIG_ENDIAN.search(program):
+        return [], "a legacy queue of a guest that may be big-endian: not read"
     if queue.layout is Layout.PACKED:
         ranges = [(rings.desc, rings.num * packed.DESC_SIZE), (rings.avail, 4), (rings.used, 4)]
     else:
