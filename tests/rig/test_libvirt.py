@@ -20,6 +20,8 @@ import pytest
 
 from kickcall.attached import attach
 from kickcall.errors import EventNotSupportedError, MonitorBusyError, MonitorGoneError
+from kickcall.vmm.domains import addresses
+from kickcall.vmm.find import resolve
 from libvirt_host import guest_domain, libvirtd
 from witness import until
 
@@ -267,7 +269,7 @@ def test_the_watcher_heals_a_domain_whose_monitor_is_libvirts(
 
 
 def test_a_domain_that_migrates_is_let_go_of_here_and_watched_there(
-    libvirt: Libvirt, folder: Path, guest_image_built: GuestImage
+    libvirt: Libvirt, domain: GuestDomain, folder: Path, guest_image_built: GuestImage
 ) -> None:
     """From one libvirtd to another, and with the guest at work; both are on this host."""
     with (
@@ -281,6 +283,10 @@ def test_a_domain_that_migrates_is_let_go_of_here_and_watched_there(
         until(lambda: mapped(watch.process.pid), "the watcher maps the guest's memory")
         memory = mapped(watch.process.pid)
         made.wait()
+        # Two ways to one libvirtd need one connection.
+        ways = [addresses(resolve(name)[0]) for name in ("lv0", "lv1")]
+        assert ways[0] == ways[1]
+        assert ways[0][0].socket != ways[1][0].socket
         made.guest.start("while true; do " + READ.format("vda") + "; done")
         libvirt.virsh("migrate", "--live", "--unsafe", "lv1", other.uri, "tcp:127.0.0.1")
         assert (libvirt.running().count("lv1"), other.running()) == (0, ["lv1"])

@@ -11,7 +11,6 @@ import enum
 import queue
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,9 @@ if TYPE_CHECKING:
     from kickcall.model import Machine
     from kickcall.vmm.domains import Address
 
-_RETRY_S = 5.0
-"""Between two tries to connect to a daemon again."""
 _AGAIN_S = 0.3
-_TRIES = 200
-"""How often a libvirt is looked for that has a machine."""
+_RETRY_MOST_S = 5.0
+"""Between two looks for the libvirt that has a machine."""
 _ALIVE_S = 5
 """Every so many seconds a silent daemon is asked whether it is there; three times."""
 
@@ -111,6 +108,15 @@ def open_told(address: Address, closed: Callable[[], None]) -> Any:
     return opened
 
 
+@dataclass(slots=True)
+class _LookedFor:
+    """A machine whose libvirt was not found, or went away."""
+
+    machine: Machine
+    at: float = 0.0
+    wait_s: float = _AGAIN_S
+
+
 class DomainEvents:
     """Follows the libvirts of the machines that it was given. `tell` is called in other threads.
 
@@ -122,7 +128,7 @@ class DomainEvents:
     def __init__(self, tell: Callable[[DomainEvent], None]) -> None:
         self._tell = tell
         self._work: queue.SimpleQueue[Machine | Address | None] = queue.SimpleQueue()
-        self._followed: dict[tuple[Address, str], tuple[int, int]] = {}
+        self._followed: dict[tuple[Address, str], Machine] = {}
         self._open: dict[Address, Any] = {}
         self._thread: threading.Thread | None = None
 
@@ -142,33 +148,35 @@ class DomainEvents:
             self._thread.join(1.0)
 
     def _run(self) -> None:
-        lost: dict[Address, float] = {}
-        asked: dict[tuple[int, int], tuple[Machine, int]] = {}
+        looked_for: list[_LookedFor] = []
         while True:
             try:
-                item = self._work.get(timeout=_AGAIN_S if lost or asked else None)
+                item = self._work.get(timeout=_AGAIN_S if looked_for else None)
             except queue.Empty:
-                for address in [one for one, at in lost.items() if at <= time.monotonic()]:
-                    lost[address] = time.monotonic() + _RETRY_S
-                    if self._connect(address):
-                        del lost[address]
-                for key, (machine, tries) in list(asked.items()):
-                    if self._follow(machine) or tries == 1 or not _runs(key):
-                        del asked[key]
-                    else:
-                        asked[key] = (machine, tries - 1)
+                looked_for = [one for one in looked_for if not self._found(one)]
                 continue
-            if item is None:
-                break
-            if isinstance(item, domains.Address):
-                self._open.pop(item, None)
-                lost[item] = time.monotonic()
-            elif not self._follow(item):
-                # Its process is there before libvirt has started it.
-                asked[item.pid, item.start_time] = (item, _TRIES)
+            match item:
+                case None:
+                    break
+                case domains.Address():
+                    # When it is there again it has another socket.
+                    for place in [place for place in self._followed if place[0] == item]:
+                        looked_for.append(_LookedFor(self._followed.pop(place)))
+                    if (opened := self._open.pop(item, None)) is not None:
+                        domains.close(opened)
+                case machine if not self._follow(machine):
+                    # Its process is there before libvirt has started it.
+                    looked_for.append(_LookedFor(machine))
         for opened in self._open.values():
-            with suppress(Exception):
-                opened.close()
+            domains.close(opened)
+
+    def _found(self, one: _LookedFor) -> bool:
+        """Follow a machine that is looked for, if it is time; tell whether that is over."""
+        if time.monotonic() < one.at:
+            return False
+        one.wait_s = min(one.wait_s * 2, _RETRY_MOST_S)
+        one.at = time.monotonic() + one.wait_s
+        return not _runs(one.machine) or self._follow(one.machine)
 
     def _follow(self, machine: Machine) -> bool:
         assert machine.domain is not None
@@ -177,7 +185,7 @@ class DomainEvents:
         except KickcallError:
             return False
         self._followed = {place: one for place, one in self._followed.items() if _runs(one)}
-        self._followed[address, machine.domain.uuid] = (machine.pid, machine.start_time)
+        self._followed[address, machine.domain.uuid] = machine
         return address in self._open or self._connect(address)
 
     def _connect(self, address: Address) -> bool:
@@ -186,7 +194,8 @@ class DomainEvents:
         def of(domain: Any, turn: Turn, why: str = "") -> None:
             uuid = domain.UUIDString()
             machine = self._followed.get((address, uuid))
-            self._tell(DomainEvent(turn, domain.name(), uuid, why, machine))
+            key = None if machine is None else (machine.pid, machine.start_time)
+            self._tell(DomainEvent(turn, domain.name(), uuid, why, key))
 
         def lifecycle(_: Any, domain: Any, event: int, detail: int, __: Any) -> None:
             if event == _STARTED:
@@ -211,12 +220,12 @@ class DomainEvents:
                 (libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, rebooted),
             ):
                 opened.domainEventRegisterAny(None, number, callback, None)
-        except libvirt.libvirtError:
+        except (libvirt.libvirtError, KickcallError):
             return False
         self._open[address] = opened
         return True
 
 
-def _runs(key: tuple[int, int]) -> bool:
-    """Tell whether a process, by its pid and start time, still runs."""
-    return processes.start_time(key[0]) == key[1]
+def _runs(machine: Machine) -> bool:
+    """Tell whether the machine's process still runs."""
+    return processes.start_time(machine.pid) == machine.start_time

@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -274,10 +274,15 @@ def _translated(domain: Domain, call: Callable[[], _T]) -> _T:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a libvirt daemon may be: an URI with its socket, or libvirt's own default."""
+    """Where a libvirt daemon may be: an URI with its socket, or libvirt's own default.
+
+    Each machine has a path of its own to the socket, by its root: which socket it is counts.
+    """
 
     uri: str | None
-    socket: str = ""
+    identity: tuple[int, int] = (0, 0)
+    """The socket's device and inode."""
+    socket: str = field(default="", compare=False)
 
 
 def addresses(machine: Machine) -> list[Address]:
@@ -297,15 +302,17 @@ def addresses(machine: Machine) -> list[Address]:
     for folder in ("/run/libvirt", "/var/run/libvirt", f"/run/user/{owner}/libvirt"):
         for name in _SOCKETS:
             path = in_root(machine.pid, f"{folder}/{name}")
-            if path in {address.socket for address in found}:
-                continue
             try:
-                # The daemon of a session answers only to /session, as does one in a container
-                # that does not run as root (KubeVirt).
-                privileged = os.stat(path).st_uid == 0 and "/user/" not in folder
+                status = os.stat(path)
             except OSError:
                 continue
-            found.append(Address("system" if privileged else "session", path))
+            # The daemon of a session answers only to /session, as does one in a container that
+            # does not run as root (KubeVirt).
+            privileged = status.st_uid == 0 and "/user/" not in folder
+            kind = "system" if privileged else "session"
+            address = Address(kind, (status.st_dev, status.st_ino), path)
+            if address not in found:
+                found.append(address)
     return found
 
 
@@ -318,9 +325,7 @@ _lock = threading.Lock()
 def connect(address: Address, *, fresh: bool = False) -> Any:
     """Return a connection to a libvirt: the one there is, unless it is gone, or a `fresh` one."""
     libvirt, _ = binding()
-    with _lock:
-        known = _connections.get(address)
-    if known is not None and not fresh and known.isAlive():
+    if not fresh and (known := _alive(address)) is not None:
         return known
     if address.uri is None:
         opened = libvirt.open(None)
@@ -333,6 +338,16 @@ def connect(address: Address, *, fresh: bool = False) -> Any:
     return opened
 
 
+def _alive(address: Address) -> Any:
+    """Return the connection that there is to a libvirt, or None; forget all that broke."""
+    with _lock:
+        broken = [one for one, opened in _connections.items() if not opened.isAlive()]
+    for one in broken:
+        _forget(one)
+    with _lock:
+        return _connections.get(address)
+
+
 def _forget(address: Address) -> None:
     """Have the next call go over another connection: on one only five may be on their way.
 
@@ -341,17 +356,17 @@ def _forget(address: Address) -> None:
     with _lock:
         opened = _connections.pop(address, None)
     if opened is not None:
-        _close(opened)
+        close(opened)
 
 
-def _close(opened: Any) -> threading.Thread:
+def close(opened: Any) -> threading.Thread:
     """Have a connection closed: that asks the daemon, which may hang."""
 
-    def close() -> None:
+    def call() -> None:
         with suppress(Exception):
             opened.close()
 
-    closing = threading.Thread(target=close, name="kickcall-libvirt", daemon=True)
+    closing = threading.Thread(target=call, name="kickcall-libvirt", daemon=True)
     closing.start()
     return closing
 
@@ -360,7 +375,7 @@ def _close(opened: Any) -> threading.Thread:
 def _leave() -> None:
     """Close the connections at exit, for libvirt's log; wait for no daemon that hangs."""
     deadline = time.monotonic() + _LEAVING_S
-    for closing in [_close(opened) for opened in _connections.values()]:
+    for closing in [close(opened) for opened in _connections.values()]:
         closing.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -373,6 +388,8 @@ def locate(machine: Machine) -> tuple[Any, Address]:
     assert machine.domain is not None
     key = (machine.pid, machine.start_time)
     known = _places.get(key)
+    if known is not None and _alive(known[0]) is None:
+        known = None  # it was restarted, and has another socket
     places = addresses(machine) if known is None else [known[0]]
     problems = []
     for address in places:
@@ -383,7 +400,7 @@ def locate(machine: Machine) -> tuple[Any, Address]:
                 if known is not None and known[1] == number:
                     return handle, address
                 if number > 0 and _is_machine(machine, handle, libvirt_qemu):
-                    _places[key] = (address, number)
+                    _note_place(key, (address, number))
                     return handle, address
                 problems.append("it has another machine of that name")
                 break
@@ -409,6 +426,13 @@ def locate(machine: Machine) -> tuple[Any, Address]:
             for address, problem in zip(places, problems, strict=False)
         )
     )
+
+
+def _note_place(key: tuple[int, int], place: tuple[Address, int]) -> None:
+    for pid, started in list(_places):
+        if processes.start_time(pid) != started:
+            _places.pop((pid, started), None)
+    _places[key] = place
 
 
 def _is_machine(machine: Machine, handle: Any, libvirt_qemu: Any) -> bool:
