@@ -339,6 +339,7 @@ def test_the_kernel_counts_only_if_that_was_asked_for(source: Recorded) -> None:
 def test_what_has_to_be_installed_is_said_in_a_line(command: str, missing: str) -> None:
     program = (
         f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['kickcall', {command!r}]\n"
+        "sys.stdin.isatty = sys.stdout.isatty = lambda: True\n"
         "from kickcall.cli.main import run; run()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -352,4 +353,12 @@ def test_a_page_for_the_network_in_the_clear_is_refused_in_a_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--tls-cert" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_top_says_that_it_needs_a_terminal() -> None:
+    command = [sys.executable, "-m", "kickcall", "top"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "terminal" in done.stderr
     assert done.stderr.count("\n") == 1

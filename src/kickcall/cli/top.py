@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -41,6 +42,8 @@ def top(
     seconds = seconds_of(refresh)
     if not 0.05 <= seconds <= 60:
         raise UsageError("--refresh must be from 50ms to 1m")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("kickcall top draws on a terminal, and this is none: kickcall watch")
     try:
         from kickcall.top.app import Top
     except ModuleNotFoundError as exc:
