@@ -25,11 +25,21 @@ PATIENCE_S = 60.0
 
 
 class Watcher:
-    """A `kickcall watch --json`, and what it said."""
+    """A `kickcall watch --json`, and what it said.
 
-    def __init__(self, *arguments: str, command: list[str] | None = None, **how: Any) -> None:
+    Without `bundles` it writes no incident bundles: each is a process of some seconds.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        command: list[str] | None = None,
+        bundles: bool = False,
+        **how: Any,
+    ) -> None:
+        words = ["--json", *([] if bundles else ["--no-bundles"]), *arguments]
         self.process = subprocess.Popen(
-            [*(command or [str(KICKCALL), "watch"]), "--json", *arguments],
+            [*(command or [str(KICKCALL), "watch"]), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -24,6 +24,7 @@ from kickcall.attached import attach
 from kickcall.incident.facts import facts_from, lines_from
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
+from watcher import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,6 +193,29 @@ def test_a_machine_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert done.stderr.startswith("kickcall: no running QEMU is named 'no-such-vm'")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_watcher_writes_one_of_a_stall_with_what_it_saw_before(
+    stalled: Stalled, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.db"
+    watcher = Watcher(stalled.machine.name, "--journal", str(journal), bundles=True)
+    with contextlib.closing(watcher):
+        path = Path(watcher.wait_for("bundle")["file"])
+        assert watcher.end() == 0
+    assert [path] == list((tmp_path / "incidents").iterdir())
+    assert path.stat().st_mode & 0o777 == 0o600
+    found = opened(path, "{}")
+    assert found.facts.by == "kickcall watch"
+    assert [(one.verdict, one.hop) for one in found.facts.found] == [("lost-kick", 3)]
+    before = lines_from(found.members["samples-before.jsonl"])
+    waited = [one for one in before if one.device.endswith("vub0")]
+    assert {(one.avail_idx, one.used_idx) for one in waited} == {(2, 1)}
+    assert before[0].at < before[-1].at <= found.facts.at
+    threads = found.members["threads-0.txt"].decode()
+    assert f"tid {stalled.machine.relay_pid('vub0')}  state S  in epoll_wait" in threads
+    assert found.facts.journal is not None
+    assert any(one["what"] == "lost-kick, hop 3" for one in found.facts.journal)
 
 
 def test_the_guest_went_on_and_the_lost_kick_is_still_there_to_be_repaired(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from kickcall.watch.config import Config
     from kickcall.watch.happenings import Happening
+    from kickcall.watch.keeper import Keeper
 
 
 def watch(
@@ -70,6 +71,9 @@ def watch(
         typer.Option("--check-config", help="Only say whether the file makes sense."),
     ] = False,
     journal: JournalOption = None,
+    no_bundles: Annotated[
+        bool, typer.Option("--no-bundles", help="Write no incident bundle when a stall is found.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Watch machines as they come and go, tell every stall, and heal it if asked to.
@@ -103,6 +107,7 @@ def watch(
             machines=tuple(machines or said.machines),
             journal=journal or said.journal,
             metrics=metrics or said.metrics,
+            bundles=said.bundles and not no_bundles,
         )
 
     _run(asked, json=json, reload=config is not None)
@@ -140,11 +145,12 @@ def _run(asked: Callable[[], Config], *, json: bool, reload: bool) -> None:
         except KickcallError as exc:
             daemon.tell(Happening(What.ALERT, f"{exc}; all goes on as before"))
             return
-        if (new.journal, new.metrics) != (config.journal, config.metrics):
-            text = "another journal, or address for metrics, comes with a restart only"
+        now = (config.journal, config.metrics, config.bundles)
+        if (new.journal, new.metrics, new.bundles) != now:
+            text = "another journal, address for metrics, or word on bundles comes with a restart"
             daemon.tell(Happening(What.ALERT, text))
-        healer.obey(new.rules, enabled=new.heal != "off", dry_run=new.heal == "dry-run")
         daemon.obey(new.machines, new.settings)
+        healer.obey(new.rules, enabled=new.heal != "off", dry_run=new.heal == "dry-run")
         daemon.tell(Happening(What.RELOADED, f"read the configuration, healing: {healer.mode}"))
 
     service = ServiceManager()
@@ -152,7 +158,9 @@ def _run(asked: Callable[[], Config], *, json: bool, reload: bool) -> None:
     healer = Healer(
         book, config.rules, enabled=config.heal != "off", dry_run=config.heal == "dry-run"
     )
-    daemon = Daemon(config.machines, config.settings, healer, tell, pulse=service.pulse)
+    # Bundles tell what happened by way of the daemon, which shows them all that it sees.
+    keeper = _keeper(config, lambda one: daemon.tell(one)) if config.bundles else None
+    daemon = Daemon(config.machines, config.settings, healer, tell, keeper, pulse=service.pulse)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop())
     if reload:
@@ -178,9 +186,23 @@ def _run(asked: Callable[[], Config], *, json: bool, reload: bool) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     finally:
         service.stopping()
+        if keeper is not None:
+            keeper.close()
         if server is not None:
             server.close()
         book.close()
+
+
+def _keeper(config: Config, tell: Callable[[Happening], None]) -> Keeper:
+    from kickcall.incident.shelf import Shelf
+    from kickcall.watch.database import ENVIRONMENT, default_path
+    from kickcall.watch.keeper import Keeper, teller
+
+    journal = config.journal or default_path()
+    # What the bundle says of the past is in this watcher's journal.
+    environment = {ENVIRONMENT: str(journal)}
+    shelf = Shelf(journal.parent / "incidents", teller(tell), environment=environment)
+    return Keeper(shelf, config.settings.report_s)
 
 
 def _interval(text: str) -> float:

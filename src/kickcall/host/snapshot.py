@@ -15,8 +15,6 @@ from pathlib import Path
 from kickcall.host.threads import thread
 
 _FILE_MOST = 256 << 10
-_THREADS_MOST = 256
-"""Threads of one process that are looked at: some hundred microseconds each."""
 _MODULES = ("kvm", "kvm_intel", "kvm_amd", "vhost", "vhost_net", "vhost_scsi", "vhost_vsock")
 _SWITCHES = re.compile(r"^\w*voluntary_ctxt_switches:\s*(\d+)$", re.M)
 _OF_PROCESS = ("status", "sched", "schedstat", "limits", "cgroup", "oom_score_adj")
@@ -74,16 +72,16 @@ def command_of(pid: int) -> tuple[str, ...]:
     return tuple(raw.removesuffix("\0").split("\0"))
 
 
-def thread_shots(pid: int) -> tuple[ThreadShot, ...]:
-    """Return what the threads of process `pid` do, by number: the first 256, none where it ended.
+def thread_shots(pid: int, most: int) -> tuple[ThreadShot, ...]:
+    """Return what the first `most` threads of process `pid` do, by number; none where it ended.
 
-    Stacks need CAP_SYS_ADMIN, `syscall` needs CAP_SYS_PTRACE.
+    A thread takes some hundred microseconds. Stacks need CAP_SYS_ADMIN, `syscall` needs CAP_SYS_PTRACE.
     """
     try:
         tids = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     except OSError:
         return ()
-    return tuple(_shot(pid, tid) for tid in tids[:_THREADS_MOST])
+    return tuple(_shot(pid, tid) for tid in tids[:most])
 
 
 def _shot(pid: int, tid: int) -> ThreadShot:

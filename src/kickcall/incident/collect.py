@@ -20,13 +20,13 @@ from kickcall.errors import KickcallError
 from kickcall.host import snapshot
 from kickcall.host.eventfds import eventfds_of, holders_of
 from kickcall.host.processes import comm
-from kickcall.host.threads import vhost_workers
 from kickcall.incident import facts as nouns
 from kickcall.incident.archive import Member, safe_name
 from kickcall.incident.film import Film
 from kickcall.incident.redact import redact, scrub
 from kickcall.incident.seen import Seen
 from kickcall.incident.summary import summary
+from kickcall.incident.threads import shots_of, threads_text
 from kickcall.model import BackendKind, DeviceEvent
 from kickcall.vmm.find import resolve
 from kickcall.vmm.recorder import Recording
@@ -319,29 +319,9 @@ def _threads(
 ) -> list[ThreadShot]:
     shots: list[ThreadShot] = []
     with parts.part("threads"):
-        shots = thread_shots_of(machine.pid, others)
+        shots = shots_of(machine.pid, others, workers=True)
         parts.put(name, threads_text(shots), what)
     return shots
-
-
-def thread_shots_of(pid: int, others: tuple[int, ...]) -> list[ThreadShot]:
-    """Return what all threads do of a VMM, of its vhost workers, and of other processes."""
-    shots = list(snapshot.thread_shots(pid))
-    own = {one.tid for one in shots}
-    workers = {one.pid for one in vhost_workers(pid) if one.tid not in own}
-    for other in (*sorted(workers), *others):
-        shots += snapshot.thread_shots(other)
-    return shots
-
-
-def threads_text(shots: list[ThreadShot]) -> str:
-    """Return what threads do, for people."""
-    return "\n".join(
-        f"== {one.comm} pid {one.pid} tid {one.tid}  state {one.state or 'gone'}  "
-        f"in {one.waits_in or '-'}  wchan {one.wchan or '-'}\n"
-        f"stat:    {one.stat}\nsyscall: {one.syscall}\nstack:\n{one.stack}\n"
-        for one in shots
-    )
 
 
 def _thread_facts(before: list[ThreadShot], after: list[ThreadShot]) -> Iterator[nouns.ThreadFacts]:

@@ -69,6 +69,7 @@ class ConfigTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     report_s: Short | None = None
     journal: str | None = None
     metrics: str | None = None
+    bundles: bool = True
     healing: HealingTable = msgspec.field(default_factory=HealingTable)
 
 
@@ -84,6 +85,8 @@ class Config:
     journal: Path | None = None
     metrics: str | None = None
     """`[ADDR:]PORT`."""
+    bundles: bool = True
+    """Whether an incident bundle is written when a stall is found."""
 
 
 def load(path: Path) -> Config:
@@ -137,6 +140,7 @@ def parse(text: str, path: Path) -> Config:
         rules=_rules(said.healing),
         journal=None if said.journal is None else Path(said.journal),
         metrics=said.metrics,
+        bundles=said.bundles,
     )
 
 

@@ -32,6 +32,8 @@ class What(enum.StrEnum):
     NOT_HEALED = "not-healed"
     ALERT = "alert"
     """Somebody should look: healing was stopped, or the journal cannot be written."""
+    BUNDLE = "bundle"
+    """An incident bundle was written."""
     REBOOTED = "rebooted"
     """A machine's guest: libvirt tells it."""
     RELOADED = "reloaded"
