@@ -130,7 +130,7 @@ class Daemon:
         self._blind = ""
         for key in [key for key in self._machines if key not in found]:
             if processes.start_time(key[0]) == key[1]:
-                self._machines[key].ending = "it is not to be watched any more"
+                self._machines[key].release("it is not to be watched any more")
             self._end(self._machines[key])
         for key, machine in found.items():
             if key not in self._machines:

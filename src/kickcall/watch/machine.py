@@ -77,6 +77,7 @@ class WatchedMachine:
     ) -> None:
         self.machine = machine
         self.due = 0.0
+        self._released = False
         self.ending = "it ended"
         """Why it is not watched any more, once it is not."""
         self._onlooker = onlooker
@@ -149,6 +150,10 @@ class WatchedMachine:
         return self._ask_at
 
     # --- in the loop ---
+
+    def release(self, why: str) -> None:
+        """Heal it no more: it runs on, and is let go of."""
+        self._released, self.ending = True, why
 
     def obey(self, settings: Settings) -> None:
         """Be watched otherwise from now on."""
@@ -430,6 +435,8 @@ class WatchedMachine:
     def _treat(self, number: int, verdict: Verdict, slow: SlowFacts, put_off: float) -> None:
         """Have a stall healed if that may be; `put_off` is when to ask about it again if not."""
         assert self._attached is not None and self._watch is not None
+        if self._released:
+            return
         treated = self._treatment.treat(number, verdict, slow, self._watch, self._attached._session)
         self._seen_at_work.update(treated.seen)
         now = time.monotonic()
