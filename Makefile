@@ -4,10 +4,11 @@
 SETUP  := scripts/setup.sh
 PY     := .venv/bin/python
 PYTEST_ARGS ?=
+MATRIX := tests/rig/test_fault_matrix.py
 SOURCES := src tests $(if $(wildcard bench/*.py),bench)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test matrix kvm check lint docs bench setup clean
+.PHONY: help demo test rig matrix kvm check lint docs bench setup clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,15 +17,20 @@ demo: ## lose a kick and a call on a real guest, and repair both
 	@$(SETUP) run lab
 	@.venv/bin/kickcall demo
 
-test: ## everything: lint, types, unit tests, tests on real QEMU
+test: ## everything: lint, types, unit tests, tests on real QEMU and on a KVM host
 	@$(SETUP) dev lab rigs
 	@$(MAKE) --no-print-directory lint
-	$(PY) -m pytest tests/unit tests/rig --ignore tests/rig/test_fault_matrix.py $(PYTEST_ARGS)
+	@echo "tests on real QEMU, and on a KVM host beside them; each says what it saw when it ends"
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target rig kvm
+
+rig: ## unit tests, and those that boot real QEMUs
+	@$(SETUP) dev lab rigs
+	$(PY) -m pytest tests/unit tests/rig --ignore $(MATRIX) -n 3 --dist loadfile $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory matrix
 
 matrix: ## every fault on every device and layout, and what diagnose says of it
 	@$(SETUP) dev lab rigs
-	$(PY) -m pytest tests/rig/test_fault_matrix.py -n 4 --dist loadgroup $(PYTEST_ARGS)
+	$(PY) -m pytest $(MATRIX) -n 4 --dist loadgroup $(PYTEST_ARGS)
 
 kvm: ## the tests that need a KVM host: this machine, or one that the lab boots
 	@$(SETUP) dev lab rigs
