@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import kickcall
+from kickcall.lab.qtest import Qtest, boot_without_guest
+from kickcall.lab.qtest_pci import PciFunction
+from kickcall.lab.spec import MachineSpec, OtherDevice
 from markdown_pages import ROOT, blocks
 
 if TYPE_CHECKING:
@@ -70,9 +74,8 @@ def example() -> tuple[str, str, str]:
         for block in blocks(PAGE)
         if block.text.startswith("# ")
     }
-    project = files.pop("pyproject.toml")
-    ((name, module),) = files.items()
-    return project, name, module
+    name = "kickcall_tally.py"
+    return files["pyproject.toml"], name, files[name]
 
 
 def install_example(site: Site) -> None:
@@ -130,6 +133,39 @@ def test_the_command_line_finds_the_class_by_itself(mixed_machine: LabMachine, s
 def test_without_the_package_the_device_is_served_as_before(mixed_machine: LabMachine) -> None:
     with kickcall.attach(mixed_machine.pid) as machine:
         assert machine.device("rng0").kind == "virtio (QEMU)"
+
+
+EDU = """
+[project]
+name = "kickcall-edu"
+version = "1"
+[project.entry-points."kickcall.devices"]
+edu = "kickcall_edu:Edu"
+"""
+
+
+def test_the_pages_class_for_registers_calls_the_device_that_has_them(site: Site) -> None:
+    (module,) = (one.text for one in blocks(PAGE) if one.text.startswith("# kickcall_edu.py\n"))
+    site.install(EDU, {"kickcall_edu.py": module})
+    spec = MachineSpec(devices=(OtherDevice(id="edu0", driver="edu"),))
+    with boot_without_guest(spec) as machine, Qtest(machine) as qtest:
+        command = ("-m", "kickcall")
+        where = (str(machine.pid), "edu0", "--queue", "0", "--allow-pause")
+        early = site.run(*command, "call", *where)
+        assert early.returncode == 3
+        assert "the guest has not mapped its registers" in early.stderr
+        bars = PciFunction(qtest, machine.device("edu0").slot).enable()
+        status = bars[0] + 0x24  # docs/specs/edu.rst: interrupt status
+        assert qtest.number(f"readl {status:#x}") == 0
+        done = site.run(*command, "call", *where)
+        assert done.returncode == 0, done.stderr
+        assert "the interrupt raise register at" in done.stdout
+        assert qtest.number(f"readl {status:#x}") == 1
+        shown = site.run(*command, "show", str(machine.pid), "edu0")
+        assert re.search(r"0 +factorial +- +mmio", shown.stdout), shown.stdout
+        kicked = site.run(*command, "kick", *where)
+        assert kicked.returncode == 3
+        assert "a device of kind edu has no such event" in kicked.stderr
 
 
 BROKEN = """

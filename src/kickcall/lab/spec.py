@@ -249,7 +249,8 @@ class VhostVsock(DeviceSpec):
 class E1000e(DeviceSpec):
     """Intel's 82574L on a user network of its own, cut off from the world.
 
-    The network is 10.1.SLOT.0: QEMU answers as .2, and the guest is .15.
+    The network is 10.1.SLOT.0: QEMU answers as .2, the guest is .15, and what TCP brings to port 7
+    of .100 comes back.
     """
 
     kind: ClassVar[str] = "e1000e"
@@ -264,13 +265,19 @@ class E1000e(DeviceSpec):
         return f"10.1.{self.slot}.2"
 
     @property
+    def echo_address(self) -> str:
+        return f"10.1.{self.slot}.100"
+
+    @property
     def mac(self) -> str:
         return f"52:54:00:6b:64:{self.slot:02x}"
 
     def arguments(self, folder: str, poll_ns: int) -> list[str]:
         own = [f"netdev={self.id}-user", f"mac={self.mac}", "romfile="]
         return [
-            *("-netdev", f"user,id={self.id}-user,net=10.1.{self.slot}.0/24,restrict=on"),
+            "-netdev",
+            f"user,id={self.id}-user,net=10.1.{self.slot}.0/24,restrict=on,"
+            f"guestfwd=tcp:{self.echo_address}:7-cmd:cat",
             *("-device", self.properties(self.kind, *own)),
         ]
 
