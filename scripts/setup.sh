@@ -41,6 +41,7 @@ systemd-analyze       systemd
 '
 BENCH='
 gdb                   gdb
+/usr/bin/chromium     chromium
 '
 
 say() { echo "setup: $*"; }
