@@ -212,7 +212,7 @@ def test_a_busy_machine_stands_every_injection(
             assert (name, event) == ("nvme1", "kick"), moved
     machine.guest.run(STOP_IO)
     for reader in readers:
-        status, output = reader.wait(timeout=60)
+        status, output = reader.wait(timeout=300)
         assert status == 0, output
     assert kernel_complaints(machine) == complaints
     assert is_as_before(machine)

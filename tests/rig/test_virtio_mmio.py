@@ -202,7 +202,7 @@ def check_busy(machine: LabMachine, kinds: list[tuple[str, str, int]]) -> None:
             attached.device_event(name, event, queue, allow_pause=True)
     machine.guest.run(STOP_IO)
     for command in (*readers, pinger):
-        status, output = command.wait(timeout=60)
+        status, output = command.wait(timeout=300)
         assert status == 0, output
     assert kernel_complaints(machine) == complaints
     assert is_as_before(machine)

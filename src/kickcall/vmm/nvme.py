@@ -22,10 +22,9 @@ from kickcall.host import eventfds, memory
 from kickcall.model import Notifier
 from kickcall.vmm.interrupts import read_words
 from kickcall.vmm.notifiers import path_matches
+from kickcall.vmm.own_memory import addresses_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kickcall.vmm.monitor import Monitor
     from kickcall.vmm.pci_devices import MappedPci
     from kickcall.vmm.session import VmmSession
@@ -50,7 +49,6 @@ _DMA_ADDRESS = 24
 _CONTROLLER_MAX = 1 << 20
 """More bytes than `struct NvmeCtrl` has."""
 _PAIRS_DEFAULT, _PAIRS_MAX = 64, 0xFFFF
-_SLAB = 4 << 20
 _HITS_MAX = 2000
 """The guest chooses where its queues are, and may choose a number that stands everywhere."""
 
@@ -112,7 +110,8 @@ def queues_of(session: VmmSession, monitor: Monitor, mapped: MappedPci, base: in
     wanted = (asq, (sizes & 0xFFF) + 1, acq, (sizes >> 16 & 0xFFF) + 1)
     stride = 4 << (words[1] & 0xF)  # CAP.DSTRD, bits 35:32
     pairs = _pairs(monitor, mapped)
-    for hit in islice(_hits(session, struct.pack("<Q", asq)), _HITS_MAX):
+    hits = addresses_of(session, struct.pack("<Q", asq))
+    for hit in islice((one for one in hits if one % 8 == 0), _HITS_MAX):
         found = _controller(session.process.pid, hit - _DMA_ADDRESS, wanted, mapped, pairs)
         if found is not None:
             return Queues(*found, stride)
@@ -149,27 +148,6 @@ def _pairs(monitor: Monitor, mapped: MappedPci) -> int:
         return min(int(monitor.execute("qom-get", asked)), _PAIRS_MAX)
     except (QmpCommandError, ValueError, TypeError):
         return _PAIRS_DEFAULT
-
-
-def _hits(session: VmmSession, pattern: bytes) -> Iterator[int]:
-    """Yield each aligned address of QEMU's own memory, not the guest's, where `pattern` stands."""
-    pid = session.process.pid
-    ram = [(run.hva, run.hva + run.length) for run in session.memory.ranges]
-    own = [
-        one
-        for one in memory.mappings(pid)
-        if one.anonymous
-        and one.permissions.startswith("rw-")
-        and not any(start < one.end and one.start < end for start, end in ram)
-    ]
-    # The heap first: there it is.
-    own.sort(key=lambda one: one.name != "[heap]")
-    for start, slab in memory.slabs(pid, memory.present_runs(pid, own), _SLAB, 8):
-        at = slab.find(pattern)
-        while at >= 0:
-            if (start + at) % 8 == 0:
-                yield start + at
-            at = slab.find(pattern, at + 1)
 
 
 def _controller(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kickcall.host import eventfds, memory
 from kickcall.model import Notifier
+from kickcall.vmm.own_memory import addresses_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,7 +32,6 @@ _PATH_OFFSETS = range(40, 128, 8)
 _DEVICE_BYTES = 32 << 10
 """As many bytes of `struct VFIOPCIDevice` are looked at; it has a few thousand."""
 _USER_SPACE = range(0x1000, 1 << 47)
-_SLAB = 4 << 20
 _STRINGS_MAX = 100
 
 
@@ -106,23 +106,12 @@ def _vectors(
 
 def _owners(session: VmmSession, path: str) -> Iterator[int]:
     """Yield where an object may begin that says that `path` is its canonical path."""
-    for number, text in enumerate(_hits(session, path.encode() + b"\0")):
+    for number, text in enumerate(addresses_of(session, path.encode() + b"\0")):
         if number == _STRINGS_MAX:
             return
-        for pointer in _hits(session, struct.pack("<Q", text)):
+        for pointer in addresses_of(session, struct.pack("<Q", text)):
             if pointer % 8 == 0:
                 yield from (pointer - offset for offset in _PATH_OFFSETS)
-
-
-def _hits(session: VmmSession, pattern: bytes) -> Iterator[int]:
-    """Yield each address of QEMU's heap where `pattern` stands."""
-    pid = session.process.pid
-    heap = [one for one in memory.mappings(pid) if one.name == "[heap]"]
-    for start, slab in memory.slabs(pid, memory.present_runs(pid, heap), _SLAB, len(pattern)):
-        at = slab.find(pattern)
-        while at >= 0:
-            yield start + at
-            at = slab.find(pattern, at + 1)
 
 
 def _readable(pid: int, start: int, length: int) -> bytes:
