@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from kickcall.attached import attach
-from kickcall.diagnose.judge import decide, judge, wants_slow_facts
+from kickcall.diagnose.judge import decide, judge
 from kickcall.diagnose.view import View
 from kickcall.diagnosis import Watch
 from kickcall.errors import KickcallError, MachineGoneError, MonitorError
@@ -18,6 +18,7 @@ from kickcall.host import processes
 from kickcall.model import VerdictKind
 from kickcall.vmm.sampler import Sampler
 from kickcall.vmm.slow_facts import facts_unasked
+from kickcall.watch.asking import FIRST_AGAIN_S, HELP_LOOK_S, Asking
 from kickcall.watch.happenings import What, of_machine
 from kickcall.watch.stalls import Stalls
 from kickcall.watch.survey import has_changed
@@ -38,17 +39,8 @@ if TYPE_CHECKING:
 _MONITOR_S = 0.4
 """Waited for a monitor while something waits."""
 _ATTACH_S = 1.8
-_FIRST_ASKED_AGAIN_S = 0.03
-_ASKED_AGAIN_MOST_S = 5.0
-_ASKED_AGAIN_SOON_S = 0.1
-_PATIENCE_S = 2.0
-"""For so long a queue that stands still is asked about so often."""
 _ASKED_AT_ONCE = 16
 """Queues that one visit to the monitor asks about: 10 ms each."""
-_HELP_LOOK_S = 0.01
-"""Between two looks while it is watched whether an injection helps."""
-_LATE_S = 0.001
-"""A look at a threshold comes so much later, for the clocks of two looks to differ enough."""
 _SURVEY_FIRST_S = 0.5
 _SURVEY_MOST_S = 15.0
 """Between two questions to the monitor whether devices came or were set up."""
@@ -99,10 +91,7 @@ class WatchedMachine:
         self._suspects: list[int] = []
         self._seen_at_work: set[int] = set()
         """Queues that a look in `work` found moved, or waiting: the next `look` considers them."""
-        self._ask_at: dict[int, tuple[float, float]] = {}
-        """When the monitor is asked about a queue next, and how long that was put off."""
-        self._waiting_since: dict[tuple[str, int], float] = {}
-        """Since when whose turn it is at a queue has not moved; without those where nobody's is."""
+        self._asking = Asking()
         self._stalls = Stalls(machine, healer, tell, settings.report_s)
         self._treatment = Treatment(machine, healer, self._stalls)
 
@@ -138,7 +127,7 @@ class WatchedMachine:
         sampler = self._sampler
         if sampler is None or self._paused:
             return []
-        since = dict(self._waiting_since)
+        since = self._asking.waiting_since
         return [
             (fixed.device, fixed.queue, max(0.0, now - since.get((fixed.device, fixed.queue), now)))
             for fixed in sampler.queues
@@ -147,7 +136,7 @@ class WatchedMachine:
     @property
     def doubtful(self) -> Container[int]:
         """The queues that stand still, by their numbers: the monitor is asked about them."""
-        return self._ask_at
+        return self._asking
 
     # --- in the loop ---
 
@@ -175,7 +164,10 @@ class WatchedMachine:
             return True
         now = time.monotonic()
         self._seen_at_work.clear()
-        wanted_at = self._consider(watch, sampler, active, now)
+        considered = self._asking.consider(watch, active, now, self._settings, self._treatment)
+        self._suspects = considered.suspects
+        for number in considered.going:
+            self._clear(number, "it moved")
         self._follow_injections(watch, now)
         if self._orphans_at is not None and now >= self._orphans_at:
             self._orphans_at = None
@@ -183,62 +175,19 @@ class WatchedMachine:
         cost = time.thread_time() - started
         interval = max(self._settings.interval_s, cost * _SHARE)
         if self._treatment:
-            interval = _HELP_LOOK_S
+            interval = HELP_LOOK_S
         if self._onlooker is not None:
             self._onlooker.looked(self, watch, active, now)
             interval = max(interval, self._onlooker.pace_s)
-        self.due = min(now + interval, max(wanted_at, now + cost * 4))
+        self.due = min(now + interval, max(considered.look_at, now + cost * 4))
         if sampler.stale and not self._stale:
             self._stale = True
             self._survey_at, self._survey_s = now, _SURVEY_FIRST_S
         return bool(self._suspects) or now >= self._survey_at
 
-    def _consider(self, watch: Watch, sampler: Sampler, active: set[int], now: float) -> float:
-        """Sort out what the monitor is to be asked about; return when to look again at the latest.
-
-        What hesitates is looked at some times before it counts as stalled.
-        """
-        limits = self._settings.limits
-        soon = now + limits.notification_s / 6
-        wanted_at = now + self._settings.interval_s * 1000
-        self._suspects = []
-        for number in sorted(active):
-            fixed, track = sampler.queues[number], watch.track(number)
-            if track.now.unreadable:
-                self._waiting_since.pop((fixed.device, fixed.queue), None)
-                continue
-            view = View(fixed, track, None, limits)
-            still = view.hesitates_s
-            if still:
-                self._waiting_since[fixed.device, fixed.queue] = track.now.at - still
-            else:
-                self._waiting_since.pop((fixed.device, fixed.queue), None)
-            rule = decide(view)
-            if wants_slow_facts(rule):
-                at, _ = self._ask_at.setdefault(number, (now, 0.0))
-                if number in self._treatment:
-                    continue
-                if now >= at:
-                    self._suspects.append(number)
-                else:
-                    wanted_at = min(wanted_at, at)
-                continue
-            self._ask_at.pop(number, None)
-            self._clear(number, "it moved")
-            if limits.notification_s / 2 <= still < limits.notification_s:
-                ready_at = now + limits.notification_s - still + _LATE_S
-                wanted_at = min(wanted_at, max(ready_at, now + _HELP_LOOK_S))
-            elif limits.notification_s <= still < 2 * limits.notification_s:
-                wanted_at = min(wanted_at, soon)
-            elif rule.verdict is VerdictKind.IDLE and not (
-                track.now.kick_count or track.now.call_count
-            ):
-                watch.settle(number)
-        return wanted_at
-
     def _follow_injections(self, watch: Watch, now: float) -> None:
-        for number, ending in self._treatment.follow(watch, now, self._ask_at).items():
-            self._ask_at.pop(number, None)
+        for number, ending in self._treatment.follow(watch, now, self._asking).items():
+            self._asking.drop(number)
             if ending:
                 self._clear(number, ending)
 
@@ -314,8 +263,7 @@ class WatchedMachine:
         assert self._attached is not None and self._watch is not None
         session, watch = self._attached._session, self._watch
         now = time.monotonic()
-        suspects = sorted(self._suspects, key=lambda n: self._ask_at.get(n, (0.0, 0.0))[0])
-        suspects = suspects[:_ASKED_AT_ONCE]
+        suspects = self._asking.in_order(self._suspects)[:_ASKED_AT_ONCE]
         survey = now >= self._survey_at
         slow: dict[int, SlowFacts] = {}
         changed = False
@@ -367,7 +315,7 @@ class WatchedMachine:
                 if n not in sampler.stale
             }
         self._treatment.forget()
-        self._ask_at.clear()
+        self._asking.renumber(kept)
         self._suspects = []
         self._seen_at_work.clear()
         try:
@@ -389,9 +337,7 @@ class WatchedMachine:
                 there.add(key)
         self._stalls.end_all("the queue was set up anew, or went", but=there)
         self._show_map()
-        self._waiting_since = {
-            key: since for key, since in self._waiting_since.items() if key in there
-        }
+        self._asking.renumber(there)
         self._stale = bool(sampler.stale)
         if self._stale:
             self._survey_at = time.monotonic() + self._remap_s
@@ -413,20 +359,16 @@ class WatchedMachine:
         if self._onlooker is not None:
             self._onlooker.judged(self, number, verdict, slow)
         now = time.monotonic()
-        _, before = self._ask_at.get(number, (0.0, 0.0))
-        put_off = min(max(before * 2, _FIRST_ASKED_AGAIN_S), _ASKED_AGAIN_MOST_S)
-        if max(view.device_still_s, view.driver_still_s) < _PATIENCE_S and view.hesitates:
-            # A thread that runs now may sleep in a moment, and then it is clear.
-            put_off = min(put_off, _ASKED_AGAIN_SOON_S)
+        before, put_off = self._asking.put_off(number), self._asking.next_put_off(number, view)
         if not verdict.verdict.stalled:
-            self._ask_at[number] = (now + put_off, put_off)
+            self._asking.again(number, now, put_off)
             settled = not decide(view).time_will_tell and verdict.verdict in (
                 VerdictKind.UNKNOWN,
                 VerdictKind.IDLE,
             )
             if settled and (not view.work_waits or before >= 1.0):
                 watch.settle(number)
-                del self._ask_at[number]
+                self._asking.drop(number)
                 self._clear(number, "it is no stall, on a closer look")
             return
         self._stalls.persists(verdict)
@@ -441,13 +383,13 @@ class WatchedMachine:
         self._seen_at_work.update(treated.seen)
         now = time.monotonic()
         if treated.injected:
-            self._ask_at[number] = (now, 0.0)
+            self._asking.again(number, now, 0.0)
             return
         if treated.map_is_wrong:
             self._stale, self._survey_at = True, 0.0
         if treated.retry_at is not None:
-            put_off = max(min(put_off, treated.retry_at - now), _FIRST_ASKED_AGAIN_S)
-        self._ask_at[number] = (now + put_off, put_off)
+            put_off = max(min(put_off, treated.retry_at - now), FIRST_AGAIN_S)
+        self._asking.again(number, now, put_off)
 
     # --- both ---
 
@@ -464,8 +406,7 @@ class WatchedMachine:
         if self._attached is not None:
             self._attached.close()
         self._sampler = self._watch = self._attached = None
-        self._ask_at.clear()
-        self._waiting_since.clear()
+        self._asking.renumber(())
         self._suspects = []
         self._seen_at_work.clear()
         self._stale = self._paused = False
