@@ -9,6 +9,7 @@ import http.client
 import json
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -362,3 +363,49 @@ def test_top_says_that_it_needs_a_terminal() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "terminal" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@contextmanager
+def stream(here: Site, query: str) -> Iterator[http.client.HTTPResponse]:
+    host, _, port = here.authority.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection.request("GET", f"/events?{query}", headers={"Host": here.authority})
+    try:
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def next_frame(answer: http.client.HTTPResponse) -> dict[str, Any]:
+    while (line := answer.fp.readline()) != b"event: frame\n":
+        assert line
+    frame: dict[str, Any] = json.loads(answer.fp.readline().removeprefix(b"data: "))
+    return frame
+
+
+def test_a_stream_tells_only_what_changed() -> None:
+    source = Recorded(1, queues=4)
+    with site(source) as found, stream(found, "machine=vm000") as answer:
+        first = next_frame(answer)
+        assert len(first["queues"]) == 4
+        source.recorded[0].move(2, 5, 1, source.now)
+        second = next_frame(answer)
+        assert set(second) == {"queues"}
+        assert set(second["queues"]) == {f"{DEVICE} 2"}
+        assert second["queues"][f"{DEVICE} 2"]["out"] == 4
+
+
+def test_a_page_too_many_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kickcall.serve.app._STREAMS_MOST", 1)
+    with site(Recorded(1)) as found:
+        with stream(found, "") as answer:
+            next_frame(answer)
+            assert found.ask("/events")[0] == 503
+        deadline = time.monotonic() + 10
+        while True:
+            # The one that was closed makes room.
+            with stream(found, "") as answer:
+                if answer.status == 200:
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
