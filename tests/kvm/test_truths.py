@@ -168,6 +168,7 @@ def test_net_with_and_without_the_event_index(
 
 
 def test_a_pause_starts_vhost_anew(kvm_zoo: LabMachine, attached: AttachedMachine) -> None:
+    succeeds(kvm_zoo.guest.start(read(kvm_zoo, "vscsi0", cpu=0, count=2)))
     queue = attached.device("vscsi0").queue(2)
     assert kick_count(queue) > 1
     kvm_zoo.qmp("stop")
