@@ -307,6 +307,7 @@ run()
 """
 
 
+@pytest.mark.timeout(300 + 20 * KILLS)
 def test_a_watcher_that_is_killed_loses_nothing_and_repeats_nothing(
     request: pytest.FixtureRequest, tmp_path: Path, watch: Callable[..., Watcher]
 ) -> None:
@@ -361,6 +362,7 @@ done
 """
 
 
+@pytest.mark.timeout(300 + 3 * SOAK_S)
 def test_a_loaded_guest_loses_kicks_and_calls_and_never_notices(
     boot_machine: Callable[[MachineSpec], LabMachine],
     tmp_path: Path,
@@ -402,3 +404,5 @@ def test_a_loaded_guest_loses_kicks_and_calls_and_never_notices(
     took = statistics.median(lasted) * 1000 if lasted else 0.0
     helped = sum(bool(row.helped) for row in rows)
     print(f"{dropped} lost, {helped} of {len(rows)} injections helped, median {took:.0f} ms")
+    # A claim of whoever measures on a quiet host, for long.
+    assert SOAK_S < 600 or took < 300
