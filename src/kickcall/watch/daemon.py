@@ -150,7 +150,9 @@ class Daemon:
         heapq.heappush(self._due, (machine.due, next(self._order), machine))
 
     def _look(self, pool: ThreadPoolExecutor) -> None:
-        while self._due and self._due[0][0] <= time.monotonic():
+        # No machine twice: all else has its turn, however long looks take.
+        now = time.monotonic()
+        while self._due and self._due[0][0] <= now:
             machine = heapq.heappop(self._due)[2]
             if machine in self._gone:
                 self._close(machine)

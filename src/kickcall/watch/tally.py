@@ -37,7 +37,7 @@ class Tally:
         """Count what was told."""
         with self._lock:
             if one.what is What.STALL:
-                self._stalls[str(one.more["verdict"])] += 1
+                self._stalls[str(one.more.get("verdict", VerdictKind.UNKNOWN))] += 1
             elif one.what is What.ALERT:
                 self._alerts += 1
 
