@@ -8,6 +8,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -22,10 +24,13 @@ from kickcall.diagnosis import Watch
 from kickcall.model import BackendKind, Layout
 from kickcall.vmm.sampler import Look
 from kickcall.watch import lock
-from kickcall.watch.healer import recall
+from kickcall.watch.book import Book
+from kickcall.watch.daemon import Daemon
+from kickcall.watch.healer import Healer, recall
 from kickcall.watch.lock import HealLock
 from kickcall.watch.policy import Queue, Rules
 from kickcall.watch.rows import InjectionRow
+from kickcall.watch.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,3 +214,42 @@ def test_what_was_refused_or_done_by_hand_is_no_injection_of_the_watchers() -> N
 def test_a_clock_that_was_set_back_makes_no_injection_of_the_future() -> None:
     state = recall([row(5000.0, "ok", True)], Rules(), 0.0, 10.0)
     assert state.host.times == (10.0,)
+
+
+# --- the loop ---
+
+
+class Greedy:
+    """A machine whose every look takes longer than what lies between two of them."""
+
+    came = False
+    state = "watched"
+    due = 0.0
+
+    def look(self) -> bool:
+        time.sleep(0.002)
+        self.due = time.monotonic()
+        return False
+
+    def close(self, *, gone: bool) -> None:
+        pass
+
+
+def test_a_loop_with_more_to_look_at_than_time_still_hears_of_everything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book, pulses, done = Book(tmp_path / "journal.db", print), list[float](), list[str]()
+    healer = Healer(book, Rules(), enabled=False)
+    daemon = Daemon([], Settings(), healer, print, pulse=lambda: pulses.append(time.monotonic()))
+    monkeypatch.setattr(daemon, "_scan", lambda: None)
+    for _ in range(3):
+        daemon._schedule(cast("Any", Greedy()))
+    daemon.soon(lambda: done.append("obeyed"))
+    threading.Timer(0.2, daemon.stop).start()
+    running = threading.Thread(target=daemon.run, daemon=True)
+    running.start()
+    running.join(20)
+    assert not running.is_alive()
+    assert done == ["obeyed"]
+    assert len(pulses) > 3
+    book.close()
