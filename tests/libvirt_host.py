@@ -208,7 +208,7 @@ _XML = """
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>{image.kernel}</kernel>
     <initrd>{image.initramfs}</initrd>
-    <cmdline>console=ttyS0 quiet panic=-1 tsc=reliable lab.agent=ttyS1</cmdline>
+    <cmdline>console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check lab.agent=ttyS1</cmdline>
   </os>
   <features><acpi/></features>
   <cpu mode='maximum'/>

@@ -160,8 +160,10 @@ class DomainEvents:
                     break
                 case domains.Address():
                     # When it is there again it has another socket.
-                    for place in [place for place in self._followed if place[0] == item]:
-                        looked_for.append(_LookedFor(self._followed.pop(place)))
+                    for place, machine in list(self._followed.items()):
+                        if place[0] == item:
+                            self._followed.pop(place, None)
+                            looked_for.append(_LookedFor(machine))
                     if (opened := self._open.pop(item, None)) is not None:
                         domains.close(opened)
                 case machine if not self._follow(machine):
@@ -184,7 +186,9 @@ class DomainEvents:
             _, address = domains.locate(machine)
         except KickcallError:
             return False
-        self._followed = {place: one for place, one in self._followed.items() if _runs(one)}
+        for place, one in list(self._followed.items()):
+            if not _runs(one):
+                self._followed.pop(place, None)
         self._followed[address, machine.domain.uuid] = machine
         return address in self._open or self._connect(address)
 

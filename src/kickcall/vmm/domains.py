@@ -17,7 +17,7 @@ import os
 import queue
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -79,17 +79,12 @@ def borrow_of(machine: Machine) -> BorrowMonitor:
 
     @contextmanager
     def borrowed(timeout: float = CONNECT_TIMEOUT) -> Iterator[Monitor]:
-        try:
-            held = own(timeout / 2)
-            monitor = held.__enter__()
-        except MonitorError:
-            with through_libvirt(timeout / 2) as monitor:
-                yield monitor
-            return
-        try:
+        with ExitStack() as held:
+            try:
+                monitor = held.enter_context(own(timeout / 2))
+            except MonitorError:
+                monitor = held.enter_context(through_libvirt(timeout / 2))
             yield monitor
-        finally:
-            held.__exit__(None, None, None)
 
     return borrowed
 
@@ -122,12 +117,11 @@ class DomainMonitor:
     def __init__(self, machine: Machine, timeout: float) -> None:
         assert machine.domain is not None
         self._domain = machine.domain
-        self._machine = machine
         try:
             binding()
         except MonitorError as exc:
             raise MonitorError(f"{machine.name}: {exc}") from exc
-        self._lane = _Lane(machine.domain)
+        self._lane = _Lane(machine.domain, timeout)
         try:
             self._handle, self._address = self._lane.run(lambda: locate(machine), timeout)
         except _NoAnswer:
@@ -195,8 +189,10 @@ _stuck: dict[str, threading.Thread] = {}
 class _Lane:
     """A thread that makes one call after the other, for a caller who waits only so long."""
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: Domain, patience: float = 0.0) -> None:
         left = _stuck.get(domain.uuid)
+        if left is not None:
+            left.join(patience)
         if left is not None and left.is_alive():
             raise MonitorBusyError(
                 f"{domain.name}: libvirt has not answered an earlier command yet: QEMU's main loop "
@@ -375,7 +371,7 @@ def close(opened: Any) -> threading.Thread:
 def _leave() -> None:
     """Close the connections at exit, for libvirt's log; wait for no daemon that hangs."""
     deadline = time.monotonic() + _LEAVING_S
-    for closing in [close(opened) for opened in _connections.values()]:
+    for closing in [close(opened) for opened in list(_connections.values())]:
         closing.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -405,12 +401,17 @@ def locate(machine: Machine) -> tuple[Any, Address]:
                 problems.append("it has another machine of that name")
                 break
             except libvirt.libvirtError as exc:
+                said = str(exc.get_error_message() or exc)
                 if exc.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                     problems.append("it does not know the domain")
                     break
-                _forget(address)
-                if retry:
-                    problems.append(str(exc.get_error_message() or exc))
+                if exc.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT:
+                    raise MonitorBusyError(
+                        f"{machine.name}: libvirt is busy with it: {said}"
+                    ) from exc
+                if retry or _alive(address) is not None:
+                    problems.append(said)
+                    break
     _places.pop(key, None)
     if processes.start_time(machine.pid) != machine.start_time:
         raise MachineGoneError(f"process {machine.pid} ended")
