@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def serving(machine: LabMachine, listen: Path) -> Iterator[None]:
+def serving(machine: LabMachine, listen: Path, *options: str) -> Iterator[None]:
     """Run `kickcall qmp` on a machine: a monitor that has the RFC's command."""
     command = [sys.executable, "-m", "kickcall", "qmp", machine.name, "--listen", str(listen)]
+    command += options
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

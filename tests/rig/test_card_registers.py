@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kickcall.attached import attach
-from kickcall.errors import EventNotSupportedError, QueueNotReadyError
+from kickcall.devices.pci import message_write
+from kickcall.errors import EventNotSupportedError, QmpCommandError, QueueNotReadyError
 from kickcall.lab.qtest import Qtest, boot_without_guest
 from kickcall.lab.qtest_pci import PciFunction
 from kickcall.lab.spec import E1000, E1000e, Igb, MachineSpec
-from kickcall.vmm.pci_view import Interrupts
+from kickcall.vmm.monitor import borrow
+from kickcall.vmm.pci_view import Interrupts, look
+from served import serving
 from zoo import QEMUS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from kickcall.attached import AttachedPciDevice
     from kickcall.lab.machine import LabMachine
@@ -202,12 +206,33 @@ def test_igb_has_a_cause_for_each_vector(
     assert card.messages() == [2]
 
 
+def test_the_rfcs_command_calls_cards_too_where_a_pause_is_allowed(
+    machine: LabMachine, qtest: Qtest, tmp_path: Path
+) -> None:
+    card = Card(machine, qtest, "msi0")
+    card.up()
+    card.enable_msi()
+    card.write(IMS, 0x81)
+    listen = tmp_path / "served"
+    arguments = {"dev": "msi0", "event": "call", "queue": 0}
+    with (
+        serving(machine, listen),
+        borrow([str(listen)])() as monitor,
+        pytest.raises(QmpCommandError, match="--allow-pause"),
+    ):
+        monitor.execute("x-debug-device-event", arguments)
+    assert card.messages() == []
+    card.read(0xC0)
+    with serving(machine, listen, "--allow-pause"), borrow([str(listen)])() as monitor:
+        assert monitor.execute("x-debug-device-event", arguments) == {}
+        assert card.messages() == [0]
+        with pytest.raises(QmpCommandError, match="has no virtio or PCI device 'nic9'"):
+            monitor.execute("x-debug-device-event", arguments | {"dev": "nic9"})
+
+
 def test_a_vector_that_goes_to_memory_is_only_the_devices_to_write(
     machine: LabMachine, qtest: Qtest
 ) -> None:
-    from kickcall.devices.pci import message_write
-    from kickcall.vmm.pci_view import look
-
     card = Card(machine, qtest, "msix0")
     card.pci.enable_msix(card.bars, card.landing)
     with attach(machine.pid) as attached:
