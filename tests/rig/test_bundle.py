@@ -24,6 +24,7 @@ from kickcall.attached import attach
 from kickcall.incident.facts import facts_from, lines_from
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
+from pictures import chromium, keep_page
 from watcher import Watcher
 
 if TYPE_CHECKING:
@@ -216,6 +217,47 @@ def test_a_watcher_writes_one_of_a_stall_with_what_it_saw_before(
     assert f"tid {stalled.machine.relay_pid('vub0')}  state S  in epoll_wait" in threads
     assert found.facts.journal is not None
     assert any(one["what"] == "lost-kick, hop 3" for one in found.facts.journal)
+
+
+def test_the_report_tells_the_whole_story_on_its_first_screen_with_scripts_off(
+    stalled: Stalled, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.html"
+    done = run("report", stalled.machine.name, "--out", path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [one["verdict"] for one in json.loads(done.stdout)["stalls"]] == ["lost-kick"]
+    assert SECRET not in path.read_text()
+    width, height = 1280, 800
+    asked: list[str] = []
+    with chromium() as browser:
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, java_script_enabled=False
+        )
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        for what in (
+            "h1:has-text('lost-kick on hop 3')",
+            ".why:has-text('had to kick')",
+            f".next:has-text('kickcall kick {stalled.machine.name} vub0 --queue 0')",
+            ".wide [data-hop='3'].broken",
+            ".wide [data-hop='10']",
+            ".side svg >> nth=0",
+            ".plot svg polyline.published",
+            ".evidence div:has-text('avail.idx')",
+        ):
+            box = page.locator(what).first.bounding_box()
+            assert box is not None, what
+            assert box["x"] >= 0, what
+            assert box["x"] + box["width"] <= width, what
+            assert box["y"] >= 0, what
+            assert box["y"] + box["height"] <= height, what
+        assert page.locator("table:has-text('eventfd id')").count() == 1
+        keep_page(page, "report")
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.locator(".tall [data-hop='3'].broken").is_visible()
+        assert page.locator("html").evaluate("e => e.scrollWidth") <= 390
+    assert asked == [path.as_uri()]
 
 
 def test_the_guest_went_on_and_the_lost_kick_is_still_there_to_be_repaired(

@@ -18,6 +18,7 @@ from kickcall.cli import (
     lab,
     machines,
     qmp,
+    report,
     serve,
     top,
     trace,
@@ -88,6 +89,7 @@ app.command()(top.top)
 app.command()(serve.serve)
 app.command()(journal.journal)
 app.command()(bundle.bundle)
+app.command()(report.report)
 app.add_typer(lab.app, name="lab")
 app.command()(demo.demo)
 

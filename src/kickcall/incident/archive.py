@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 from kickcall.incident.facts import BundleError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+    from typing import BinaryIO
 
 ENDINGS = (".tar.gz", ".tgz")
 _MEMBER_MOST = 64 << 20
@@ -43,8 +45,8 @@ def safe_name(text: str, most: int = 40) -> str:
     return name or "machine"
 
 
-def write(path: Path, members: list[Member], *, at: float, replace: bool = False) -> int:
-    """Write the members in that order; return the file's size.
+def write(path: Path, members: list[Member], *, at: float) -> int:
+    """Write the members in that order as an archive; return the file's size.
 
     They lie in a folder that is called like the file. Raises BundleError, where there is such a
     file already, too.
@@ -52,24 +54,39 @@ def write(path: Path, members: list[Member], *, at: float, replace: bool = False
     name = path.name
     for ending in ENDINGS:
         name = name.removesuffix(ending)
-    # An archive of someone else's making is what it is called: `..` would not do.
+    # Whoever unpacks it gets this folder: `..` would not do.
     folder = safe_name(name, 120)
-    descriptor, temporary = -1, ""
+    with (
+        _appearing(path) as raw,
+        gzip.GzipFile("", "wb", 6, raw, int(at)) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for member in members:
+            entry = tarfile.TarInfo(f"{folder}/{member.name}")
+            entry.size, entry.mtime, entry.mode = len(member.content), int(at), 0o600
+            archive.addfile(entry, io.BytesIO(member.content))
+    return path.stat().st_size
+
+
+def write_one(path: Path, content: bytes) -> int:
+    """Write a file that only its owner may read; return its size. Raises BundleError."""
+    with _appearing(path) as raw:
+        raw.write(content)
+    return len(content)
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to be written that will be at `path` when the block ends, if nothing is there."""
+    temporary = ""
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{folder}.", dir=path.parent)  # 0600
+        prefix = f".{safe_name(path.name, 120)}."
+        descriptor, temporary = tempfile.mkstemp(prefix=prefix, dir=path.parent)  # 0600
         with os.fdopen(descriptor, "wb") as raw:
-            with (
-                gzip.GzipFile("", "wb", 6, raw, int(at)) as packed,
-                tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
-            ):
-                for member in members:
-                    entry = tarfile.TarInfo(f"{folder}/{member.name}")
-                    entry.size, entry.mtime, entry.mode = len(member.content), int(at), 0o600
-                    archive.addfile(entry, io.BytesIO(member.content))
+            yield raw
             raw.flush()
             os.fsync(raw.fileno())
-            size = raw.tell()
-        _into_place(temporary, path, replace=replace)
+        _into_place(temporary, path)
     except FileExistsError as exc:
         raise BundleError(f"{path} exists: give another --out, or remove it") from exc
     except OSError as exc:
@@ -78,21 +95,17 @@ def write(path: Path, members: list[Member], *, at: float, replace: bool = False
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-    return size
 
 
-def _into_place(temporary: str, path: Path, *, replace: bool) -> None:
-    if replace:
-        os.replace(temporary, path)
-    else:
-        try:
-            os.link(temporary, path)  # unlike rename(2) it never replaces
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            if os.path.lexists(path):
-                raise FileExistsError(path) from None
-            os.rename(temporary, path)
+def _into_place(temporary: str, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike rename(2) it never replaces
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(path) from None
+        os.rename(temporary, path)
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
