@@ -118,8 +118,19 @@ def test_a_lost_kick_is_diagnosed_and_repaired_on_a_domain(domain: GuestDomain) 
     assert [(one["device"].rpartition("/")[2], one["verdict"]) for one in stalled] == [
         (RELAYED, "lost-kick")
     ]
+    would = answer("kick", "libvirt:lv0", RELAYED, "--queue", "0", "--dry-run")
+    assert (would["via"], would["dry_run"]) == ("eventfd", True)
     answer("kick", "libvirt:lv0", RELAYED, "--queue", "0")
-    assert read.wait(timeout=20).status == 0
+    assert read.wait(timeout=60).status == 0
+
+
+def test_a_probe_confirms_what_was_lost_on_a_domain(domain: GuestDomain) -> None:
+    domain.relay.drop("call", queue=0, count=1)
+    read = domain.guest.start(READ.format("vdb"))
+    domain.relay.wait_for("call", 0, dropped=1)
+    (verdict,) = answer("diagnose", "libvirt:lv0", RELAYED, "--queue", "0", "--probe")["verdicts"]
+    assert (verdict["verdict"], verdict["confidence"]) == ("lost-call", "confirmed")
+    assert read.wait(timeout=60).status == 0
 
 
 def test_no_domain_is_paused_behind_libvirts_back(libvirt: Libvirt, domain: GuestDomain) -> None:
