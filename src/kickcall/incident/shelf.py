@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from kickcall.model import Machine, Verdict
 
 _DAY_S = 86400.0
-_WRITING_MOST_S = 120.0
+_WRITING_MOST_S = 300.0
 _LEAVING_S = 1.0
-_NICE = 10
+_NICER = 10
 _NAME = re.compile(r"(\d{8}T\d{6})Z-.*-([0-9a-f]{12})\.tar\.gz")
 
 
@@ -168,7 +168,8 @@ class Shelf:
                 start_new_session=True,
             )
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, process.pid, _NICE)
+            niceness = os.getpriority(os.PRIO_PROCESS, 0) + _NICER
+            os.setpriority(os.PRIO_PROCESS, process.pid, min(niceness, 19))
         try:
             out, said = process.communicate(seen_to(wanted.seen), _WRITING_MOST_S)
         finally:
