@@ -1,0 +1,345 @@
+"""Are Intel's cards kicked by their tails and called by their causes, and harmed by neither?"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Self
+
+import pytest
+
+from kickcall.attached import attach
+from kickcall.errors import EventNotSupportedError, QueueNotFoundError, QueueNotReadyError
+from kickcall.lab.boot import boot
+from kickcall.lab.spec import E1000, E1000e, Igb, MachineSpec
+from kickcall.model import DeviceEvent, Via
+from witness import until
+from zoo import QEMUS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kickcall.attached import AttachedMachine, AttachedPciDevice
+    from kickcall.lab.image import GuestImage
+    from kickcall.lab.machine import LabMachine
+
+pytestmark = pytest.mark.rig
+
+INJECTIONS = int(os.environ.get("KICKCALL_INJECTIONS", "12"))
+CARDS = (
+    E1000e(id="msix0", slot=0x02),
+    E1000e(id="msi0", slot=0x03),
+    E1000e(id="intx0", slot=0x04),
+    E1000(id="old0", slot=0x05),
+)
+"""e1000e in each of its three modes, which its driver is told in the order of the slots."""
+MODES = "e1000e.IntMode=2,1,0"
+TDT, TXDCTL, TARC0, TXDCTL_ENABLE, TARC_ENABLE = 0x3818, 0x3828, 0x3840, 1 << 25, 1 << 10
+
+
+@pytest.fixture(scope="module", params=QEMUS)
+def machine(request: pytest.FixtureRequest, guest_image_built: GuestImage) -> Iterator[LabMachine]:
+    igb = () if request.param == "system" else (Igb(id="igb0", slot=0x06),)
+    spec = MachineSpec(
+        qemu=request.param,
+        devices=(*CARDS, *igb),
+        monitors=2,
+        hotplug_ports=1,
+        # The registers can be reached through /dev/mem, so that a test can hold packets back.
+        kernel_arguments=f"ipv6.disable=1 iomem=relaxed {MODES}",
+    )
+    with boot(spec, timeout=600) as booted:
+        for card in cards(booted):
+            # Also waits for the link, and for the neighbour's address.
+            ping = f"for i in $(seq 30); do ping -c 1 -W 1 {card.host_address} && exit; done; false"
+            assert booted.guest.run(ping, timeout=60).status == 0
+        yield booted
+
+
+@pytest.fixture
+def attached(machine: LabMachine) -> Iterator[AttachedMachine]:
+    with attach(machine.name) as one:
+        yield one
+
+
+def cards(machine: LabMachine) -> list[E1000e]:
+    return [device for device in machine.spec.devices if isinstance(device, E1000e)]
+
+
+def card_of(machine: LabMachine, name: str) -> E1000e:
+    found = machine.device(name)
+    assert isinstance(found, E1000e)
+    return found
+
+
+def interface(machine: LabMachine, name: str) -> str:
+    mac = card_of(machine, name).mac
+    return machine.guest.run(
+        f"basename $(dirname $(grep -l {mac} /sys/class/net/*/address))"
+    ).output.strip()
+
+
+def taken(machine: LabMachine, ethernet: str) -> dict[str, int]:
+    """Return how often the guest took each interrupt of an interface."""
+    counts = {}
+    for line in machine.guest.run(f"grep -w {ethernet} /proc/interrupts").output.splitlines():
+        numbers = re.match(r"\s*\d+:((?:\s+\d+)+) ", line)
+        assert numbers is not None
+        name = re.search(rf"\b{ethernet}\S*", line)
+        assert name is not None
+        counts[name[0].rstrip(",")] = sum(map(int, numbers[1].split()))
+    return counts
+
+
+def lines_of(machine: LabMachine, name: str, bits: int) -> list[str]:
+    """Return the interrupts for a write to the cause set register, as Linux's drivers call them."""
+    ethernet = interface(machine, name)
+    match name:
+        case "msix0":  # e1000_request_msix; 82574 datasheet, 10.2.4.2
+            causes = {20: f"{ethernet}-rx-0", 22: f"{ethernet}-tx-0"}
+        case "igb0":  # igb_request_msix
+            causes = {0: ethernet, 1: f"{ethernet}-TxRx-0", 2: f"{ethernet}-TxRx-1"}
+        case _:
+            return [ethernet]
+    return [line for bit, line in causes.items() if bits >> bit & 1]
+
+
+class Writes:
+    """Every write to a register that QEMU's card sees in a `with` block, the driver's and ours."""
+
+    def __init__(self, machine: LabMachine, address: int) -> None:
+        self._machine = machine
+        self._log = machine.folder / "qemu.log"
+        self._write = re.compile(
+            rf"^memory_region_ops_write .* addr {address:#x} value (0x[0-9a-f]+) size 4 ", re.M
+        )
+
+    def __enter__(self) -> Self:
+        self._begin = self._log.stat().st_size
+        trace(self._machine, "memory_region_ops_write", "on")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        trace(self._machine, "memory_region_ops_write", "off")
+
+    def seen(self) -> list[int]:
+        text = self._log.read_bytes()[self._begin :].decode(errors="replace")
+        return [int(value, 16) for value in self._write.findall(text)]
+
+
+@pytest.mark.parametrize("name", ["msix0", "msi0", "intx0", "old0", "igb0"])
+def test_a_cause_calls_exactly_its_queue(
+    machine: LabMachine, attached: AttachedMachine, name: str
+) -> None:
+    if name == "igb0" and machine.spec.qemu == "system":
+        pytest.skip("this QEMU has no igb")
+    device = attached.pci_device(name)
+    cause_set = registers(machine, name) + (0x1520 if name == "igb0" else 0xC8)
+    queues = device.queues()
+    assert len(queues) == (4 if name == "igb0" else 2)
+    for queue in queues:
+        with Writes(machine, cause_set) as writes:
+            call_once(machine, device, queue, writes)
+
+
+def call_once(machine: LabMachine, device: AttachedPciDevice, queue: int, writes: Writes) -> None:
+    """Call a queue, and hold the guest's interrupts to the causes that its card saw set.
+
+    Linux sets a cause itself every 2 s (e1000_watchdog_task), so ours may not be the only one.
+    """
+    name = device.info.id
+    ethernet = interface(machine, name)
+    begun = -1
+    while begun != len(writes.seen()):
+        begun = len(writes.seen())
+        before = taken(machine, ethernet)
+    result = device.raise_event("call", queue, via="mmio")
+
+    def rise() -> dict[str, int]:
+        after = taken(machine, ethernet)
+        return {
+            line: count - before[line] for line, count in after.items() if count != before[line]
+        }
+
+    def owed() -> Counter[str]:
+        values = writes.seen()[begun:]
+        return Counter(line for bits in values for line in lines_of(machine, name, bits))
+
+    until(lambda: owed() and rise() == owed(), "an interrupt for each cause, and no other")
+    (ours,) = re.findall("cause (0x[0-9a-f]+) to ", result.target)
+    assert int(ours, 16) in writes.seen()[begun:]
+    assert (result.via, result.layout) == (Via.MMIO, None)
+
+
+def registers(machine: LabMachine, name: str) -> int:
+    """Return where a card's registers are."""
+    for bus in machine.qmp("query-pci"):
+        for entry in bus["devices"]:
+            if entry["qdev_id"] == name:
+                return int(entry["regions"][0]["address"])
+    raise AssertionError(f"no {name}")
+
+
+def register(machine: LabMachine, address: int, value: int | None = None) -> int:
+    """Read a register in the guest, after it was written if `value` says so."""
+    write = f"devmem {address:#x} 32 {value:#x} && " if value is not None else ""
+    done = machine.guest.run(f"{write}devmem {address:#x} 32")
+    assert done.status == 0, done.output
+    return int(done.output, 16)
+
+
+@pytest.mark.parametrize("name", ["msix0", "msi0", "intx0", "igb0"])
+def test_a_kick_sends_the_packet_that_was_held_back(
+    machine: LabMachine, attached: AttachedMachine, name: str
+) -> None:
+    if name == "igb0" and machine.spec.qemu == "system":
+        pytest.skip("this QEMU has no igb")
+    device = attached.pci_device(name)
+    base = registers(machine, name)
+    rings = [queue for queue, what in device.queues().items() if what.startswith("transmit")]
+    tails = [base + TDT + 0x100 * (queue // 2) for queue in rings]
+    # A card whose ring is switched off takes the new tail and does nothing.
+    if name == "igb0":
+        switches = {at + TXDCTL - TDT: TXDCTL_ENABLE for at in tails}
+    else:
+        switches = {base + TARC0: TARC_ENABLE}
+    on = {at: register(machine, at) for at in switches}
+    assert all(on[at] & bit for at, bit in switches.items())
+    for _ in range(5):
+        for at, bit in switches.items():
+            register(machine, at, on[at] & ~bit)
+        before = [register(machine, at) for at in tails]
+        ping = machine.guest.start(f"ping -c 1 -W 3 {card_of(machine, name).host_address}")
+        until(lambda: before != [register(machine, at) for at in tails], "the new tail")  # noqa: B023
+        for at, value in on.items():
+            register(machine, at, value)
+        held = [register(machine, at) for at in tails]
+        sent_before = ping.done
+        for queue in rings:
+            result = device.raise_event("kick", queue, via="mmio")
+            assert result.target.startswith(f"the tail register of transmit {queue // 2} at ")
+        status, output = ping.wait(timeout=20)
+        if [register(machine, at) for at in tails] == held:
+            break
+        # On a busy host this took more than a second: Linux has reset the card that hung.
+    else:
+        pytest.fail("the driver reset the card each time")
+    assert not sent_before, "the packet was sent without a kick"
+    assert status == 0, output
+
+
+@pytest.mark.parametrize(
+    ("name", "queue", "offset"),
+    [("msix0", 0, 0x2818), ("old0", 0, 0x2818), ("old0", 1, 0x3818), ("igb0", 0, 0x2818)],
+)
+def test_a_kick_writes_the_tail_that_stands_there(
+    machine: LabMachine, attached: AttachedMachine, name: str, queue: int, offset: int
+) -> None:
+    if name == "igb0" and machine.spec.qemu == "system":
+        pytest.skip("this QEMU has no igb")
+    address = registers(machine, name) + offset
+    stands = register(machine, address)
+    with Writes(machine, address) as writes:
+        attached.pci_device(name).raise_event("kick", queue, via="mmio")
+        assert writes.seen() == [stands]
+    assert register(machine, address) == stands
+
+
+def trace(machine: LabMachine, event: str, switch: str) -> None:
+    machine.qmp("human-monitor-command", {"command-line": f"trace-event {event} {switch}"})
+
+
+def test_a_root_ports_vector_is_called_by_its_message(
+    machine: LabMachine, attached: AttachedMachine
+) -> None:
+    port = attached.pci_device("hot0")
+    assert port.kind == "PCI"
+    assert port.queues() == {0: "msi-x vector"}
+    with pytest.raises(EventNotSupportedError, match="has no mmio way to kick"):
+        port.raise_event("kick", 0, via="mmio")
+    with pytest.raises(QueueNotFoundError, match="vectors are 0 to 0"):
+        port.raise_event("call", 1, via="mmio")
+    count = "awk '/aerdrv|PCIe|pciehp/ { print $2 + $3 }' /proc/interrupts"
+    before = int(machine.guest.run(count).output)
+    port.raise_event("call", 0, via="mmio")
+    until(lambda: int(machine.guest.run(count).output) == before + 1, "the port's interrupt")
+
+
+def test_what_cannot_be_is_refused_with_the_reason(
+    machine: LabMachine, attached: AttachedMachine
+) -> None:
+    device = attached.pci_device("intx0")
+    with pytest.raises(QueueNotReadyError, match="the driver does not use receive 1"):
+        device.call(2, allow_pause=True)
+    with pytest.raises(QueueNotFoundError, match="its queues are 0 to 3"):
+        device.kick(4, allow_pause=True)
+    with pytest.raises(EventNotSupportedError, match="--allow-pause"):
+        device.call(0)
+    ethernet = interface(machine, "intx0")
+    card = card_of(machine, "intx0")
+    machine.guest.run(f"ip link set {ethernet} down")
+    try:
+        with pytest.raises(QueueNotReadyError, match="the interface is down"):
+            attached.pci_device("intx0").call(0, allow_pause=True)
+    finally:
+        machine.guest.run(
+            f"ip link set {ethernet} up; for i in $(seq 30); do "
+            f"ping -c 1 -W 1 {card.host_address} && exit; done",
+            timeout=60,
+        )
+
+
+def test_the_rfcs_function_finds_cards_too(attached: AttachedMachine) -> None:
+    result = attached.device_event(
+        "/machine/peripheral/msix0", "call", 1, allow_pause=True, dry_run=True
+    )
+    assert (result.device, result.via, result.dry_run) == (
+        "/machine/peripheral/msix0",
+        Via.MMIO,
+        True,
+    )
+    offers = attached.pci_device("msix0").events()
+    assert {(one.queue, one.name, one.event, one.via) for one in offers} == {
+        (queue, name, event, Via.MMIO)
+        for queue, name in ((0, "receive 0"), (1, "transmit 0"))
+        for event in DeviceEvent
+    }
+
+
+def complaints(machine: LabMachine) -> str:
+    return machine.guest.run("dmesg | grep -iE 'error|warn|bug|stall|timeout|hang|spurious'").output
+
+
+def events_in_turn(
+    devices: list[AttachedPciDevice],
+) -> Iterator[tuple[AttachedPciDevice, str, int]]:
+    while True:
+        for queue in (0, 1):
+            for event in ("call", "kick"):
+                for device in devices:
+                    yield device, event, queue
+
+
+def test_busy_cards_are_called_and_kicked_without_harm(
+    machine: LabMachine, attached: AttachedMachine
+) -> None:
+    before = complaints(machine)
+    echoed = 256 << 10
+    traffic = [
+        machine.guest.start(
+            "until [ -e /run/stop-traffic ]; do "
+            f"[ $(head -c {echoed} /dev/zero | nc {card.echo_address} 7 | wc -c) = {echoed} ] "
+            "|| exit 1; done"
+        )
+        for card in cards(machine)
+    ]
+    turns = events_in_turn([attached.pci_device(card.id) for card in cards(machine)])
+    for _, (device, event, queue) in zip(range(INJECTIONS), turns, strict=False):
+        device.raise_event(event, queue, via="mmio")
+    machine.guest.run("touch /run/stop-traffic")
+    for command in traffic:
+        status, output = command.wait(timeout=60)
+        assert status == 0, output
+    assert complaints(machine) == before
+    assert machine.qmp("query-status")["running"]
