@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.rig
 
-INJECTIONS = int(os.environ.get("KICKCALL_INJECTIONS", "10"))
+INJECTIONS = int(os.environ.get("KICKCALL_INJECTIONS", "8"))
 _EVENTS = ("pci_nvme_shadow_doorbell_sq", "pci_nvme_update_sq_tail")
 """QEMU takes a tail from its shadow doorbell: what 7.2 calls that, and what 10.0 does."""
 _LOOKED = re.compile(rf"^(?:{'|'.join(_EVENTS)}) sqid (\d+) ", re.M)
