@@ -17,7 +17,8 @@ WATCH_S = 0.1
 """Seconds that a queue is watched after an event."""
 
 QueueOption = Annotated[
-    int, typer.Option("--queue", "-q", min=0, help="The queue's number.", show_default=False)
+    int,
+    typer.Option("--queue", "-q", min=0, help="Its number in `kickcall show`.", show_default=False),
 ]
 ViaOption = Annotated[
     str, typer.Option("--via", help="The way: auto, qmp, eventfd, ioport or mmio.", metavar="WAY")

@@ -10,6 +10,7 @@ Queues are numbered as virtio-net's are: 2k is receive ring k, 2k+1 is transmit 
 from __future__ import annotations
 
 import struct
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, ClassVar
@@ -75,9 +76,9 @@ class IntelNic(PciClass):
         """Claim the devices of its types."""
         return isinstance(device, PciDevice) and device.kind in cls.kinds
 
+    @abstractmethod
     def cause(self, queue: int, registers: Mapping[int, int]) -> Cause | str:
         """Return what to set for an interrupt of that queue, or why nothing can be."""
-        raise NotImplementedError
 
     @cached_property
     def base(self) -> int | None:
