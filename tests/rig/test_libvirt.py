@@ -23,6 +23,7 @@ from kickcall.errors import EventNotSupportedError, MonitorBusyError, MonitorGon
 from kickcall.vmm.domains import addresses
 from kickcall.vmm.find import resolve
 from libvirt_host import guest_domain, libvirtd
+from watcher import KICKCALL, Watcher
 from witness import until
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces for a libvirtd"),
 ]
 
-KICKCALL = Path(sys.executable).with_name("kickcall")
 READ = "taskset -c 0 dd if=/dev/{} of=/dev/null bs=4k count=1 iflag=direct"
 DISK, NET, RELAYED = "ua-blk0", "ua-net0", "ua-vub0"
 
@@ -239,35 +239,14 @@ def test_libvirt_may_be_restarted_under_an_attached_domain(
         assert machine.run_state == "running"
 
 
-class Watcher:
-    """A `kickcall watch --json` in the background."""
-
-    def __init__(self, folder: Path, *words: str) -> None:
-        self._out = folder / f"watch-{time.monotonic_ns()}"
-        journal = str(folder / "journal.db")
-        command = [str(KICKCALL), "watch", "--json", "--journal", journal, *words]
-        with self._out.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-
-    def said(self, what: str, **fields: object) -> list[dict[str, Any]]:
-        lines = self._out.read_text().splitlines()
-        told = [json.loads(line) for line in lines if line.startswith("{")]
-        wanted = {"what": what, **fields}
-        return [one for one in told if wanted.items() <= one.items()]
-
-    def wait_for(self, what: str, **fields: object) -> dict[str, Any]:
-        until(lambda: self.said(what, **fields), f"{what} {fields} in {self._out.read_text()}", 60)
-        return self.said(what, **fields)[0]
-
-
 @contextlib.contextmanager
 def watcher(folder: Path, *words: str) -> Iterator[Watcher]:
-    started = Watcher(folder, *words)
+    started = Watcher("--journal", str(folder / "journal.db"), *words)
     try:
         yield started
+        assert started.end() == 0
     finally:
-        started.process.terminate()
-        assert started.process.wait(20) == 0
+        started.close()
 
 
 def test_the_watcher_heals_a_domain_whose_monitor_is_libvirts(
@@ -280,7 +259,7 @@ def test_the_watcher_heals_a_domain_whose_monitor_is_libvirts(
         assert read.status == 0
         healed = watch.wait_for("helped")
         assert (healed["device"].rpartition("/")[2], healed["queue"]) == (RELAYED, 0)
-        assert len(watch.said("injected")) == 1
+        assert watch.count("injected") == 1
 
 
 def test_a_domain_that_migrates_is_let_go_of_here_and_watched_there(
@@ -321,7 +300,7 @@ def test_a_domain_that_migrates_is_let_go_of_here_and_watched_there(
         watch.wait_for("rebooted", pid=second)
         other.virsh("destroy", "lv1")
         watch.wait_for("went", pid=second, text="it was destroyed")
-        assert watch.said("injected") == []
+        assert watch.count("injected") == 0
 
 
 def mapped(pid: int) -> set[str]:
