@@ -52,7 +52,13 @@ DOES_IO = {
     "threading",
     "time",
 }
-PURE = ("virtio/", "diagnose/", "draw/", "incident/redact", "watch/policy")
+PURE = (
+    "virtio/",
+    "diagnose/",
+    "draw/",
+    *(f"incident/{name}" for name in ("page", "plot", "redact", "summary", "tables")),
+    "watch/policy",
+)
 ASYNCIO = ("qmp/", "serve/", "lab/relay", "vmm/monitor")
 PRINTS = ("cli/", "top/")
 

@@ -75,7 +75,8 @@ def command_of(pid: int) -> tuple[str, ...]:
 def thread_shots(pid: int, most: int) -> tuple[ThreadShot, ...]:
     """Return what the first `most` threads of process `pid` do, by number; none where it ended.
 
-    A thread takes some hundred microseconds. Stacks need CAP_SYS_ADMIN, `syscall` needs CAP_SYS_PTRACE.
+    A thread takes some hundred microseconds. Stacks need CAP_SYS_ADMIN, `syscall` needs
+    CAP_SYS_PTRACE.
     """
     try:
         tids = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
