@@ -96,7 +96,7 @@ def test_no_two_queues_share_a_notifier(attached: AttachedMachine) -> None:
     assert len({notifier.eventfd_id for notifier in notifiers}) == len(notifiers)
 
 
-@pytest.mark.parametrize("name", [*IN_QEMU_DISKS, *VHOST_USER])
+@pytest.mark.parametrize("name", [*IN_QEMU_DISKS, *sorted(VHOST_USER)])
 def test_each_call_notifier_raises_its_queues_interrupt_once_and_no_other(
     zoo: LabMachine, attached: AttachedMachine, name: str
 ) -> None:
