@@ -40,9 +40,8 @@ if TYPE_CHECKING:
     from kickcall.vmm.kernel_view import QueueInKernel
     from kickcall.vmm.verify import Check
 
-pytestmark = [pytest.mark.rig, pytest.mark.timeout(1800)]
-
 ROUNDS = int(os.environ.get("KICKCALL_REPEAT", "1"))
+pytestmark = [pytest.mark.rig, pytest.mark.timeout(900 + 180 * ROUNDS)]
 TESTS = Path(__file__).resolve().parents[1]
 
 

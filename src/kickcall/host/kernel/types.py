@@ -37,16 +37,23 @@ class BtfTypes:
         self._kernel = kernel
         self.modules = list(modules)
         self._made: dict[tuple[int, int], drgn.Type] = {}
+        # drgn asks for each object that is named by its type, and a search goes through megabytes.
+        self._named: dict[tuple[str, tuple[drgn.TypeKind, ...]], drgn.Type] = {}
 
     def find(
         self, _program: drgn.Program, kinds: drgn.TypeKindSet, name: str, _file: str | None
     ) -> drgn.Type | None:
         """Return the type of that name, as drgn asks for it; None where no BTF has it."""
-        for kind in kinds:
+        wanted = tuple(kinds)
+        made = self._named.get((name, wanted))
+        if made is not None:
+            return made
+        for kind in wanted:
             for types in (self._kernel, *self.modules):
                 found = types.find(name, _KINDS.get(kind, ()))
                 if found is not None:
-                    return self._make(found)
+                    made = self._named[name, wanted] = self._make(found)
+                    return made
         return None
 
     def _make(self, one: Type) -> drgn.Type:
