@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Self
 
@@ -92,16 +93,15 @@ def taken(machine: LabMachine, ethernet: str) -> dict[str, int]:
     return counts
 
 
-def lines_of(machine: LabMachine, name: str, bits: int) -> list[str]:
-    """Return the interrupts for a write to the cause set register, as Linux's drivers call them."""
-    ethernet = interface(machine, name)
+def lines_of(name: str, bits: int, lines: list[str]) -> list[str]:
+    """Return which of an interface's interrupts a write to the cause set register has to raise."""
     match name:
-        case "msix0":  # e1000_request_msix; 82574 datasheet, 10.2.4.2
-            causes = {20: f"{ethernet}-rx-0", 22: f"{ethernet}-tx-0"}
-        case "igb0":  # igb_request_msix
-            causes = {0: ethernet, 1: f"{ethernet}-TxRx-0", 2: f"{ethernet}-TxRx-1"}
+        case "msix0":  # e1000_request_msix: receive, transmit, link; 82574 datasheet, 10.2.4.2
+            causes = {20: lines[0], 22: lines[1]}
+        case "igb0":  # a bit for each vector, which the kernel numbers in their order
+            causes = dict(enumerate(lines))
         case _:
-            return [ethernet]
+            return lines
     return [line for bit, line in causes.items() if bits >> bit & 1]
 
 
@@ -146,30 +146,42 @@ def test_a_cause_calls_exactly_its_queue(
 def call_once(machine: LabMachine, device: AttachedPciDevice, queue: int, writes: Writes) -> None:
     """Call a queue, and hold the guest's interrupts to the causes that its card saw set.
 
-    Linux sets a cause itself every 2 s (e1000_watchdog_task), so ours may not be the only one.
+    Linux sets a cause itself every 2 s (e1000_watchdog_task), so ours may not be the only one. On
+    a busy host two of them may become one interrupt before the guest gets to it: then once more.
     """
     name = device.info.id
     ethernet = interface(machine, name)
-    begun = -1
-    while begun != len(writes.seen()):
-        begun = len(writes.seen())
-        before = taken(machine, ethernet)
-    result = device.raise_event("call", queue, via="mmio")
+    # From 8.1 on the timer that throttles an MSI-X vector repeats its last interrupt
+    # (hw/net/e1000e_core.c, e1000e_intrmgr_on_msix_throttling_timer), the driver's own, too.
+    repeats = 2 if machine.spec.qemu != "system" and name in ("msix0", "igb0") else 1
+    for _ in range(5):
+        begun = -1
+        while begun != len(writes.seen()):
+            begun = len(writes.seen())
+            before = taken(machine, ethernet)
+        result = device.raise_event("call", queue, via="mmio")
+        deadline = time.monotonic() + 8
+        while time.monotonic() < deadline:
+            after = taken(machine, ethernet)
+            values = writes.seen()[begun:]
+            owed = Counter(line for bits in values for line in lines_of(name, bits, list(before)))
+            rise = {line: after[line] - before[line] for line in after}
+            if all(owed[line] <= rise[line] <= repeats * owed[line] for line in after):
+                (ours,) = re.findall("cause (0x[0-9a-f]+) to ", result.target)
+                assert lines_of(name, int(ours, 16), list(before)) == [expected(name, queue, after)]
+                assert int(ours, 16) in values
+                assert (result.via, result.layout) == (Via.MMIO, None)
+                return
+    pytest.fail(f"{rise} interrupts for {owed} causes")
 
-    def rise() -> dict[str, int]:
-        after = taken(machine, ethernet)
-        return {
-            line: count - before[line] for line, count in after.items() if count != before[line]
-        }
 
-    def owed() -> Counter[str]:
-        values = writes.seen()[begun:]
-        return Counter(line for bits in values for line in lines_of(machine, name, bits))
-
-    until(lambda: owed() and rise() == owed(), "an interrupt for each cause, and no other")
-    (ours,) = re.findall("cause (0x[0-9a-f]+) to ", result.target)
-    assert int(ours, 16) in writes.seen()[begun:]
-    assert (result.via, result.layout) == (Via.MMIO, None)
+def expected(name: str, queue: int, lines: dict[str, int]) -> str:
+    """Return a queue's interrupt, by the names that Linux's drivers give them."""
+    if len(lines) == 1:
+        return next(iter(lines))
+    word = f"{'tx' if queue % 2 else 'rx'}-{queue // 2}"
+    (line,) = (line for line in lines if line.endswith((word, f"-TxRx-{queue // 2}")))
+    return line
 
 
 def registers(machine: LabMachine, name: str) -> int:
