@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.rig, pytest.mark.timeout(1200)]
 CHURN_S = float(os.environ.get("KICKCALL_CHURN_S", "6"))
 SLOTS = 3
 QUEUES = 4
-GROWTH_MOST_MIB = 16
+GROWTH_MOST_MIB = 16 if CHURN_S < 300 else 8
 ACTIONS = ("lose",) * 4 + ("hold", "vanish", "reset", "stop", "healthy", "wait")
 
 # Says in a file of its own into which eventfd it writes, by the kernel's number for it.
@@ -225,7 +225,7 @@ def test_churn_is_stood_with_nothing_lost_leaked_or_written_wrongly(
         threads.append(threading.Thread(target=rebooted, args=(churn, guest, until)))
         for thread in threads:
             thread.start()
-        # The first fifth is left out: caches fill.
+        # The first three fifths are left out: threads start, caches fill.
         memory = []
         for part in range(1, 6):
             time.sleep(max(0.0, until - CHURN_S * (1 - part / 5) - time.monotonic()))
@@ -241,7 +241,7 @@ def test_churn_is_stood_with_nothing_lost_leaked_or_written_wrongly(
             assert time.monotonic() < deadline, [os.readlink(fd) for fd in fds.iterdir()]
             time.sleep(0.1)
         memory.append(memory_mib(pid))
-        assert memory[-1] - memory[0] < GROWTH_MOST_MIB, memory
+        assert memory[-1] - memory[2] < GROWTH_MOST_MIB, memory
         assert watcher.end() == 0
     trouble = [one for one in watcher.said if re.match(r"\w+(Error|Exception): ", one["text"])]
     assert (trouble, watcher.errors) == ([], [])
