@@ -179,8 +179,8 @@ def borrow(paths: Sequence[str]) -> BorrowMonitor:
     def borrowed(timeout: float = CONNECT_TIMEOUT) -> Iterator[Monitor]:
         if not paths:
             raise MonitorError(
-                "this QEMU has no QMP monitor that can be reached (no -qmp, no -mon …,mode=control, "
-                "or on TCP or an abstract socket in another network namespace): kickcall needs one"
+                "this QEMU has no QMP monitor that can be reached (no -qmp, no -mon …,mode=control,"
+                " or on TCP or an abstract socket in another network namespace): kickcall needs one"
             )
         monitor = _open_first(paths, timeout)
         try:
