@@ -48,8 +48,8 @@ def attach(
     """Map a running machine and return a handle on it.
 
     `target` is a name, a pid, `libvirt:DOMAIN` or `qmp:PATH`. The machine's monitor is borrowed for
-    some milliseconds, and the machine is not stopped. A `kickcall qmp` that holds the monitor is used
-    by itself. `timeout` (seconds) bounds the wait for a held monitor; `monitor` replaces the
+    some milliseconds, and the machine is not stopped. A `kickcall qmp` that holds the monitor is
+    used by itself. `timeout` (seconds) bounds the wait for a held monitor; `monitor` replaces the
     search for one.
 
     Raises MachineNotFoundError, NotAVmmError, MonitorBusyError, MonitorGoneError, PrivilegeError or

@@ -245,7 +245,7 @@ class QueueState:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """The three numbers an injection is judged by. None: unknown, or the device has no such thing."""
+    """The three numbers that an injection is judged by. None: unknown, or the device has none."""
 
     count: int | None
     avail_idx: int | None
