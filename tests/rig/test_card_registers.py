@@ -213,6 +213,7 @@ def test_the_rfcs_command_calls_cards_too_where_a_pause_is_allowed(
     card.up()
     card.enable_msi()
     card.write(IMS, 0x81)
+    card.messages()  # of causes that were set before they were enabled
     listen = tmp_path / "served"
     arguments = {"dev": "msi0", "event": "call", "queue": 0}
     with (

@@ -125,7 +125,6 @@ def test_an_interrupted_command_is_interrupted_there(host: LabHost) -> None:
 
 
 def test_nothing_is_left_of_a_host_that_was_booted_for_one_command() -> None:
-    before = set(lab_folder().iterdir())
     command = [sys.executable, "-m", "kickcall", "lab", "host", "run", "--name", "host-for-once"]
     done = subprocess.run(
         [*command, "--memory", "1024", "--", "sh", "-c", "hostname; exit 3"],
@@ -135,6 +134,6 @@ def test_nothing_is_left_of_a_host_that_was_booted_for_one_command() -> None:
     )
     assert (done.returncode, done.stdout) == (3, "lab-host\n"), done.stderr
     assert "booting the KVM host host-for-once" in done.stderr
-    assert set(lab_folder().iterdir()) == before
+    assert not [one for one in lab_folder().iterdir() if "host-for-once" in one.name]
     with pytest.raises(LabError, match="no lab machine is called host-for-once"):
         LabMachine.find("host-for-once")

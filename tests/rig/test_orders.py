@@ -13,6 +13,7 @@ import pytest
 
 from kickcall.lab.qtest_virtio import SplitQueue
 from watcher import PATIENCE_S, Watcher, disks
+from witness import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +91,10 @@ def test_a_watcher_obeys_its_file_and_says_so(tmp_path: Path, manager: socket.so
 
         config.write_text(f'heal = "on"\nmachines = ["{first}"]\njournal = "{tmp_path}/other.db"')
         watcher.process.send_signal(signal.SIGHUP)
-        assert "comes with a restart" in watcher.wait_for("alert", 2)["text"]
+        until(
+            lambda: any("comes with a restart" in one.get("text", "") for one in watcher.said),
+            "the watcher says what comes with a restart only",
+        )
         watcher.wait_for("helped", machine=first)
         assert watcher.end() == 0
         wait_for(manager, b"STOPPING=1")

@@ -171,7 +171,13 @@ class VmmSession:
         virtio_paths = {mapped.device.path for mapped in self.devices}
         with self.borrow() as monitor:
             found = list_pci_devices(monitor)
-        return tuple(one for one in found if one.device.path not in virtio_paths)
+        return tuple(
+            one
+            for one in found
+            # One that was plugged in since the machine was mapped is a virtio device, too.
+            if one.device.path not in virtio_paths
+            and not one.device.kind.startswith(("virtio-", "vhost-"))
+        )
 
     def again(self, mapped: _M) -> _M:
         """Return the same device as it is mapped now. Raises DeviceNotFoundError."""
