@@ -4,6 +4,7 @@
 SETUP  := scripts/setup.sh
 PY     := .venv/bin/python
 PYTEST_ARGS ?=
+KVM_ARGS ?=
 MATRIX := tests/rig/test_fault_matrix.py
 SOURCES := src tests $(if $(wildcard bench/*.py),bench)
 
@@ -21,7 +22,7 @@ test: ## everything: lint, types, unit tests, tests on real QEMU and on a KVM ho
 	@$(SETUP) dev lab rigs
 	@$(MAKE) --no-print-directory lint
 	@echo "tests on real QEMU, and on a KVM host beside them; each says what it saw when it ends"
-	@$(MAKE) --no-print-directory -j 2 --output-sync=target rig kvm
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target rig kvm KVM_ARGS='-m "not long"'
 
 rig: ## unit tests, and those that boot real QEMUs
 	@$(SETUP) dev lab rigs
@@ -34,7 +35,7 @@ matrix: ## every fault on every device and layout, and what diagnose says of it
 
 kvm: ## the tests that need a KVM host: this machine, or one that the lab boots
 	@$(SETUP) dev lab rigs
-	scripts/kvm-tests.sh $(PYTEST_ARGS)
+	scripts/kvm-tests.sh $(KVM_ARGS) $(PYTEST_ARGS)
 
 check: ## what fits in a minute: lint, types, unit tests
 	@$(SETUP) dev

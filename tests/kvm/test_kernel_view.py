@@ -241,6 +241,7 @@ def test_a_map_that_is_not_the_kernels_is_found_out(
         assert f"{moved.data:#x}" in wrong.says
 
 
+@pytest.mark.long
 def test_the_map_stays_the_kernels_over_reboots_and_resets(
     kernel: Kernel, rebooting: LabMachine
 ) -> None:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.rig, pytest.mark.timeout(1200)]
 
-ROUNDS = int(os.environ.get("KICKCALL_REPEAT", "2"))
+ROUNDS = int(os.environ.get("KICKCALL_REPEAT", "1"))
 PATIENCE = 60.0
 """Seconds for what takes milliseconds on an idle machine that needs no TCG."""
 WATCHED_S = 8.0
@@ -253,6 +253,7 @@ def interrupt_number(hunt: Hunt) -> int:
     return sorted(map(int, listed.split()))[1 + hunt.number]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", SEEN)
 def test_a_diagnosis_that_watches_sees_where_it_was_lost(
     lossy: LabMachine, attached: AttachedMachine, what: str

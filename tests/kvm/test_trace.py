@@ -162,6 +162,7 @@ def test_the_recorder_counts_what_the_guest_and_vhost_count(
     assert who == {(KICK, Signaller.GUEST), (CALL, answers[backend])}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vscsi0", "iot0"])
 def test_with_many_in_flight_interrupts_are_the_fewer(
     kvm_zoo: LabMachine, attached: AttachedMachine, name: str
@@ -203,6 +204,7 @@ def test_what_kickcall_injects_is_kickcalls(kvm_zoo: LabMachine, attached: Attac
     assert before < kicks.last_at < calls.last_at < after
 
 
+@pytest.mark.long
 def test_each_event_is_told_with_its_time_and_its_answer(kvm_zoo: LabMachine) -> None:
     with tracing(kvm_zoo, "vscsi0", "--events", "--json", "--duration", "1h") as trace:
         do(kvm_zoo, requests(kvm_zoo, "vscsi0", 50))
@@ -231,6 +233,7 @@ def test_each_event_is_told_with_its_time_and_its_answer(kvm_zoo: LabMachine) ->
     assert all(0 < one["min_s"] <= one["median_s"] <= one["max_s"] for one in times)
 
 
+@pytest.mark.long
 def test_two_at_once_count_the_same(kvm_zoo: LabMachine) -> None:
     with (
         tracing(kvm_zoo, "--json", "--duration", "1h") as one,
@@ -251,6 +254,7 @@ def test_two_at_once_count_the_same(kvm_zoo: LabMachine) -> None:
     assert probes() == []
 
 
+@pytest.mark.long
 def test_one_that_was_killed_is_swept_and_one_that_runs_is_left_alone(
     kvm_zoo: LabMachine,
 ) -> None:
@@ -280,6 +284,7 @@ def test_one_that_was_killed_is_swept_and_one_that_runs_is_left_alone(
     assert probes() == []
 
 
+@pytest.mark.long
 def test_a_machine_that_is_mapped_anew_is_counted_on(
     kvm_zoo: LabMachine, attached: AttachedMachine
 ) -> None:
