@@ -289,6 +289,7 @@ def test_a_diagnosis_that_watches_sees_where_it_was_lost(
         hunt.ends_well(command)
 
 
+@pytest.mark.long
 def test_a_probe_tells_that_a_call_was_lost_and_not_by_whom(
     lossy: LabMachine, attached: AttachedMachine
 ) -> None:
