@@ -247,7 +247,7 @@ def test_the_map_stays_the_kernels_over_reboots_and_resets(
 ) -> None:
     with attach(rebooting.name) as machine:
         for _ in range(ROUNDS):
-            rebooting.guest.reboot()
+            rebooting.guest.reboot(timeout=300)
             machine.refresh()
             checks = machine.verify(kernel)
             assert different(checks) == []
