@@ -38,6 +38,15 @@ MachineArgument = Annotated[
         show_default=False,
     ),
 ]
+MachinesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MACHINE]...",
+        help="Names, pids or qmp:PATHs; all that run here if none is given.",
+        autocompletion=complete_machine,
+        show_default=False,
+    ),
+]
 DeviceArgument = Annotated[
     str,
     typer.Argument(metavar="DEVICE", help="An id (vscsi0) or a QOM path.", show_default=False),

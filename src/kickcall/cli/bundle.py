@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kickcall.cli.arguments import JsonOption, MachineArgument, seconds_of
 from kickcall.cli.output import plain, print_json
+
+if TYPE_CHECKING:
+    from kickcall.incident.facts import Facts
 
 _JOURNAL_S = 86400.0
 _JOURNAL_MOST = 50
@@ -52,7 +55,7 @@ def bundle(
     tar xzOf vm0.tar.gz | less
     """
     from kickcall.errors import UsageError
-    from kickcall.incident.archive import ENDINGS, safe_name, write
+    from kickcall.incident.archive import ENDINGS, write
     from kickcall.incident.collect import collect
 
     seconds = seconds_of(duration)
@@ -76,8 +79,7 @@ def bundle(
         )
         facts = collected.facts
         if out is None:
-            moment = datetime.fromtimestamp(facts.at, UTC)
-            out = Path(f"kickcall-{safe_name(facts.machine.name)}-{moment:%Y%m%dT%H%M%SZ}.tar.gz")
+            out = default_file(facts, "tar.gz")
         size = write(out, collected.members, at=facts.at)
     if json:
         print_json(
@@ -86,15 +88,7 @@ def bundle(
                 "pid": facts.machine.pid,
                 "file": str(out.absolute()),
                 "bytes": size,
-                "stalls": [
-                    {
-                        "device": one.device,
-                        "queue": one.queue,
-                        "verdict": one.verdict,
-                        "hop": one.hop,
-                    }
-                    for one in facts.stalls
-                ],
+                "stalls": stalls_json(facts),
                 "members": [
                     {"name": one.name, "bytes": len(one.content), "what": one.what}
                     for one in collected.members
@@ -110,6 +104,23 @@ def bundle(
         typer.echo(f"  not in it: {plain(one.part)}: {plain(one.why)}")
     typer.echo(f"wrote {plain(out)}: {len(collected.members)} files, {size / 1024:.0f} KiB")
     typer.echo(f"  read it: tar xzOf {plain(out)} | less")
+
+
+def default_file(facts: Facts, ending: str) -> Path:
+    """Return the name of a file that was given none, for this folder."""
+    from kickcall.incident.archive import safe_name
+
+    # What comes from a bundle may say anything.
+    moment = datetime.fromtimestamp(min(max(facts.at, 0.0), 4e9), UTC)
+    return Path(f"kickcall-{safe_name(facts.machine.name)}-{moment:%Y%m%dT%H%M%SZ}.{ending}")
+
+
+def stalls_json(facts: Facts) -> list[dict[str, Any]]:
+    """Return the stalls as `--json` has them."""
+    return [
+        {"device": one.device, "queue": one.queue, "verdict": one.verdict, "hop": one.hop}
+        for one in facts.stalls
+    ]
 
 
 @contextmanager

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kickcall.cli.arguments import JsonOption, complete_machine, seconds_of
-from kickcall.cli.bundle import DurationOption, journaled, progress
+from kickcall.cli.bundle import (
+    DurationOption,
+    default_file,
+    journaled,
+    progress,
+    stalls_json,
+)
 from kickcall.cli.output import plain, print_json
 
 
@@ -58,7 +63,7 @@ def report(
     """
     from kickcall.errors import UsageError
     from kickcall.incident import report as making
-    from kickcall.incident.archive import ENDINGS, safe_name, write_one
+    from kickcall.incident.archive import ENDINGS, write_one
 
     seconds = seconds_of(duration)
     if form is None:
@@ -83,9 +88,7 @@ def report(
         typer.echo(text, nl=False)
         return
     if out is None:
-        # A bundle may say anything.
-        moment = datetime.fromtimestamp(min(max(facts.at, 0.0), 4e9), UTC)
-        out = Path(f"kickcall-{safe_name(facts.machine.name)}-{moment:%Y%m%dT%H%M%SZ}.{form}")
+        out = default_file(facts, form)
     size = write_one(out, text.encode(errors="backslashreplace"))
     if json:
         print_json(
@@ -94,15 +97,7 @@ def report(
                 "file": str(out.absolute()),
                 "format": form,
                 "bytes": size,
-                "stalls": [
-                    {
-                        "device": one.device,
-                        "queue": one.queue,
-                        "verdict": one.verdict,
-                        "hop": one.hop,
-                    }
-                    for one in facts.stalls
-                ],
+                "stalls": stalls_json(facts),
             }
         )
         return

@@ -8,20 +8,12 @@ from typing import Annotated
 
 import typer
 
-from kickcall.cli.arguments import complete_machine
+from kickcall.cli.arguments import MachinesArgument
 from kickcall.cli.journal import JournalOption
 
 
 def serve(
-    machines: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MACHINE]...",
-            help="Names, pids or qmp:PATHs; all that run here if none is given.",
-            autocompletion=complete_machine,
-            show_default=False,
-        ),
-    ] = None,
+    machines: MachinesArgument = None,
     address: Annotated[
         str, typer.Option("--address", metavar="ADDRESS", help="Where to listen.")
     ] = "127.0.0.1",

@@ -8,20 +8,12 @@ from typing import Annotated
 
 import typer
 
-from kickcall.cli.arguments import complete_machine, seconds_of
+from kickcall.cli.arguments import MachinesArgument, seconds_of
 from kickcall.cli.journal import JournalOption
 
 
 def top(
-    machines: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MACHINE]...",
-            help="Names, pids or qmp:PATHs; all that run here if none is given.",
-            autocompletion=complete_machine,
-            show_default=False,
-        ),
-    ] = None,
+    machines: MachinesArgument = None,
     refresh: Annotated[
         str, typer.Option("--refresh", metavar="T", help="Between two drawings.")
     ] = "250ms",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kickcall.cli.arguments import JsonOption, complete_machine, seconds_of
+from kickcall.cli.arguments import JsonOption, MachinesArgument, seconds_of
 from kickcall.cli.journal import JournalOption, warn
 from kickcall.cli.output import plain
 
@@ -24,15 +24,7 @@ if TYPE_CHECKING:
 
 
 def watch(
-    machines: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MACHINE]...",
-            help="Names, pids or qmp:PATHs; all that run here if none is given.",
-            autocompletion=complete_machine,
-            show_default=False,
-        ),
-    ] = None,
+    machines: MachinesArgument = None,
     heal: Annotated[
         bool, typer.Option("--heal", help="Inject what a verdict names, within bounds.")
     ] = False,

@@ -116,15 +116,7 @@ def _parts(facts: Facts, looks: Looks) -> Iterator[str]:
     for name, value in tables.environment(facts):
         yield f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>"
     yield "</dl>"
-    for table in (
-        tables.queues(facts),
-        tables.notifiers(facts),
-        tables.counted(facts),
-        tables.threads(facts),
-        tables.backends(facts),
-        tables.journal(facts),
-        tables.missing(facts),
-    ):
+    for table in tables.in_order(facts):
         yield from _table(table)
     yield "<h2>QEMU's command line</h2><pre>"
     yield "\n".join(escaped(line, _CELL_MOST) for line in command_lines(machine.command))

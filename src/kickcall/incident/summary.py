@@ -63,15 +63,7 @@ def _told(facts: Facts, members: Sequence[Member], plots: Iterable[str]) -> Iter
         yield ""
     for plot in plots:
         yield from _block(plot.split("\n"))
-    for table in (
-        tables.queues(facts),
-        tables.notifiers(facts),
-        tables.counted(facts),
-        tables.threads(facts),
-        tables.backends(facts),
-        tables.journal(facts),
-        tables.missing(facts),
-    ):
+    for table in tables.in_order(facts):
         yield from _table(table)
     yield "## QEMU's command line"
     yield ""

@@ -62,6 +62,19 @@ def environment(facts: Facts) -> tuple[tuple[str, str], ...]:
     )
 
 
+def in_order(facts: Facts) -> tuple[Table, ...]:
+    """Return every table, in the order in which a report has them."""
+    return (
+        queues(facts),
+        notifiers(facts),
+        counted(facts),
+        threads(facts),
+        backends(facts),
+        journal(facts),
+        missing(facts),
+    )
+
+
 def queues(facts: Facts) -> Table:
     """Return where each queue stands, those that are stalled first."""
     words = {(one.device, one.queue): one for one in (*facts.verdicts, *facts.stalls)}
