@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from kickcall.errors import LabError
+from kickcall.lab.board import tsc_words
 from kickcall.lab.boot import prepare, start_qemu, wait_for_guest
 from kickcall.lab.cache import log_progress
 from kickcall.lab.host_image import host_image
@@ -281,12 +282,14 @@ def _host_arguments(
     host: LabHost, image: HostImage, nested: bool, kernel_arguments: str
 ) -> list[str]:
     folder = host.machine.folder
+    words = ["console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check"]
+    words += [] if nested else [tsc_words()]
     accelerator = "kvm" if nested else "tcg,thread=multi,tb-size=1024"
     return [
         *("-accel", accelerator, "-cpu", "host" if nested else "EPYC,+svm,+npt"),
         *("-kernel", str(image.boot.kernel), "-initrd", str(image.boot.initramfs)),
         "-append",
-        f"console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check {kernel_arguments}".strip(),
+        " ".join(filter(None, [*words, kernel_arguments])),
         # Tells QEMU where the kernel keeps its VMCOREINFO, without which a dump is no vmcore.
         *("-no-reboot", "-device", "vmcoreinfo"),
         *("-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"),

@@ -30,6 +30,8 @@ CONNECT_TIMEOUT = 1.8
 """Seconds until a monitor that does not greet counts as busy."""
 COMMAND_TIMEOUT = 10.0
 """Seconds until an unanswered command means that QEMU's main loop is stuck."""
+_HESITATES_S = 0.1
+"""Seconds without a greeting until another monitor of the same QEMU is tried beside it."""
 _QUEUE_FULL = frozenset({errno.EAGAIN, errno.EINVAL, errno.ENOTCONN})
 """What a unix socket says whose queue of clients is full: EAGAIN to connect(2) (unix(7)), which
 asyncio takes for a connection on its way, and then finds a socket that is not connected."""
@@ -79,20 +81,20 @@ class _Client(QMPClient):
 class QmpMonitor:
     """A monitor on a QMP socket, by qemu-qmp, for callers without an event loop.
 
-    The library is asyncio; its loop runs in a thread of its own, so that this works in a REPL or
-    a notebook that already has one.
+    It is the first of `paths` that greets within `timeout` seconds; where none does, the error is
+    that of the first. The library is asyncio; its loop runs in a thread of its own, so that this
+    works in a REPL or a notebook that already has one.
     """
 
-    def __init__(self, path: str, timeout: float = CONNECT_TIMEOUT) -> None:
-        self.path = path
-        self._client = _Client("kickcall")
+    def __init__(self, paths: Sequence[str], timeout: float = CONNECT_TIMEOUT) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="kickcall-qmp", daemon=True
         )
         self._thread.start()
         try:
-            self._connect(timeout)
+            connecting = asyncio.run_coroutine_threadsafe(_first_of(paths, timeout), self._loop)
+            self.path, self._client = connecting.result()
         except BaseException:
             self._stop()
             raise
@@ -102,34 +104,6 @@ class QmpMonitor:
             return await asyncio.wait_for(work, timeout)
 
         return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
-
-    def _connect(self, timeout: float) -> None:
-        path = self.path
-        try:
-            if path.startswith("tcp:"):
-                host, _, port = path.removeprefix("tcp:").rpartition(":")
-                self._run(self._client.connect((host, int(port))), timeout)
-            else:
-                with socket_address(path) as address:
-                    self._run(self._client.connect(address), timeout)
-        except TimeoutError as exc:
-            raise MonitorBusyError(
-                f"{path}: no greeting within {timeout:.1f} s: another client holds this monitor "
-                "(or QEMU's main loop is stuck)"
-            ) from exc
-        except QMPError as exc:
-            cause = exc.__cause__ or exc.__context__ or exc
-            if isinstance(cause, OSError) and cause.errno in _QUEUE_FULL:
-                raise MonitorBusyError(
-                    f"{path}: another client holds this monitor, and more are waiting for it "
-                    "(or QEMU's main loop is stuck)"
-                ) from exc
-            if isinstance(cause, OSError) and not isinstance(cause, ConnectionResetError):
-                raise socket_error(path, cause) from exc
-            if isinstance(cause, (EOFError, ConnectionResetError)):
-                raise MonitorGoneError(f"{path}: the other side hung up at once") from exc
-            said = str(exc).partition("\n")[0].strip()
-            raise MonitorError(f"{path}: what answers there speaks no QMP: {said}") from exc
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Return what QEMU returns for `command`."""
@@ -169,10 +143,74 @@ class QmpMonitor:
             self._stop()
 
 
+async def _first_of(paths: Sequence[str], timeout: float) -> tuple[str, _Client]:
+    """Return the first monitor that greets. The next is tried as soon as one hesitates."""
+    deadline = time.monotonic() + timeout
+    left = list(paths)
+    asked: dict[asyncio.Task[_Client], str] = {}
+    failures: dict[str, BaseException] = {}
+    try:
+        while left or asked:
+            if left:
+                path = left.pop(0)
+                trying = _greeted(path, max(deadline - time.monotonic(), 0.1))
+                asked[asyncio.create_task(trying)] = path
+            answered, _ = await asyncio.wait(
+                asked,
+                timeout=_HESITATES_S if left else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in answered:
+                path = asked.pop(task)
+                failure = task.exception()
+                if failure is None:
+                    return path, task.result()
+                if not isinstance(failure, MonitorError):
+                    raise failure
+                failures[path] = failure
+    finally:
+        for task in asked:
+            task.cancel()
+        for late in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(late, _Client):
+                await late.disconnect()
+    raise failures[paths[0]]
+
+
+async def _greeted(path: str, timeout: float) -> _Client:
+    client = _Client("kickcall")
+    try:
+        if path.startswith("tcp:"):
+            host, _, port = path.removeprefix("tcp:").rpartition(":")
+            await asyncio.wait_for(client.connect((host, int(port))), timeout)
+        else:
+            with socket_address(path) as address:
+                await asyncio.wait_for(client.connect(address), timeout)
+    except TimeoutError as exc:
+        raise MonitorBusyError(
+            f"{path}: no greeting within {timeout:.1f} s: another client holds this monitor "
+            "(or QEMU's main loop is stuck)"
+        ) from exc
+    except QMPError as exc:
+        cause = exc.__cause__ or exc.__context__ or exc
+        if isinstance(cause, OSError) and cause.errno in _QUEUE_FULL:
+            raise MonitorBusyError(
+                f"{path}: another client holds this monitor, and more are waiting for it "
+                "(or QEMU's main loop is stuck)"
+            ) from exc
+        if isinstance(cause, OSError) and not isinstance(cause, ConnectionResetError):
+            raise socket_error(path, cause) from exc
+        if isinstance(cause, (EOFError, ConnectionResetError)):
+            raise MonitorGoneError(f"{path}: the other side hung up at once") from exc
+        said = str(exc).partition("\n")[0].strip()
+        raise MonitorError(f"{path}: what answers there speaks no QMP: {said}") from exc
+    return client
+
+
 def borrow(paths: Sequence[str]) -> BorrowMonitor:
     """Return what opens the first of the monitors at `paths` that is free.
 
-    All of them together are tried for at most its `timeout` seconds.
+    All of them together are waited for at most its `timeout` seconds.
     """
 
     @contextmanager
@@ -182,23 +220,10 @@ def borrow(paths: Sequence[str]) -> BorrowMonitor:
                 "this QEMU has no QMP monitor that can be reached (no -qmp, no -mon …,mode=control,"
                 " or on TCP or an abstract socket in another network namespace): kickcall needs one"
             )
-        monitor = _open_first(paths, timeout)
+        monitor = QmpMonitor(paths, timeout)
         try:
             yield monitor
         finally:
             monitor.close()
 
     return borrowed
-
-
-def _open_first(paths: Sequence[str], timeout: float) -> QmpMonitor:
-    deadline = time.monotonic() + timeout
-    failure: MonitorError | None = None
-    for index, path in enumerate(paths):
-        share = (deadline - time.monotonic()) / (len(paths) - index)
-        try:
-            return QmpMonitor(path, max(share, 0.1))
-        except MonitorError as exc:
-            failure = failure or exc
-    assert failure is not None
-    raise failure
