@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    impossible = [item for item in items if is_impossible(item)]
+    impossible = [item for item in items if is_impossible(item) or is_not_yet(item)]
     config.hook.pytest_deselected(items=impossible)
     items[:] = [item for item in items if item not in impossible]
+
+
+def is_not_yet(item: pytest.Item) -> bool:
+    """Tell whether a test is of a device that its QEMU does not have: igb came with 8.0."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("machine") == "system" and "igb" in item.name
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
