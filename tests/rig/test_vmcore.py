@@ -1,4 +1,8 @@
-"""Is a crashed host's memory read with nothing but itself: no symbols, no root, no host?"""
+"""Is a crashed host's memory read with nothing but itself: no symbols, no root, no host?
+
+KICKCALL_SYMBOLS names files with the debug symbols of the lab's host, to read it with those instead:
+vmlinux, kvm.ko, vhost.ko and vhost_vsock.ko of Debian's linux-image-VERSION-dbg.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,7 @@ pytestmark = [
 ]
 
 TESTS = Path(__file__).resolve().parents[1]
+SYMBOLS = os.environ.get("KICKCALL_SYMBOLS", "").split()
 MEMORY_MIB = 768
 """As little as the host needs: all of it is written to the vmcore."""
 
@@ -64,7 +69,8 @@ def made_by_hand(host: LabHost) -> dict[str, Any]:
 
 
 def kickcall(vmcore: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kickcall", "--vmcore", str(vmcore), *arguments]
+    symbols = [word for file in SYMBOLS for word in ("--symbols", file)]
+    command = [sys.executable, "-m", "kickcall", "--vmcore", str(vmcore), *symbols, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
