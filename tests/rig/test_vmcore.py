@@ -1,7 +1,7 @@
 """Is a crashed host's memory read with nothing but itself: no symbols, no root, no host?
 
-KICKCALL_SYMBOLS names files with the debug symbols of the lab's host, to read it with those instead:
-vmlinux, kvm.ko, vhost.ko and vhost_vsock.ko of Debian's linux-image-VERSION-dbg.
+KICKCALL_SYMBOLS names files with the debug symbols of the lab's host, to read it with those
+instead: vmlinux, kvm.ko, vhost.ko and vhost_vsock.ko of Debian's linux-image-VERSION-dbg.
 """
 
 from __future__ import annotations
