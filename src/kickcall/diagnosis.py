@@ -217,9 +217,7 @@ class Watch:
 
 def may_sleep_with_calls_off(fixed: QueueFixed, track: Track) -> bool:
     """Tell whether a queue at rest has its calls off, where only its vector tells if it polls."""
-    view = View(fixed, track, None, Thresholds())
-    # Where nothing was completed yet there is nothing that a call could have told.
-    return bool(track.now.used_idx) and view.calls_off_at_rest
+    return View(fixed, track, None, Thresholds()).calls_off_at_rest
 
 
 def _watch(watch: Watch, until: float, limits: Thresholds) -> None:

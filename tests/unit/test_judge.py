@@ -522,6 +522,22 @@ def test_a_driver_that_sleeps_with_its_calls_off_suppresses_them(
     assert (says(said), said.event) == ((V.CALL_SUPPRESSED, 7), DeviceEvent.CALL)
 
 
+@pytest.mark.parametrize(
+    ("fixed", "sample"),
+    [
+        pytest.param(blk(), split(0, 0, 0, avail_event=0, used_event=0), id="event index"),
+        pytest.param(blk(event_idx=False), split(0, 0, 0, avail_flags=1), id="flag"),
+    ],
+)
+def test_a_queue_of_which_nothing_was_ever_asked_is_idle_by_its_ring_alone(
+    fixed: QueueFixed, sample: Sample
+) -> None:
+    """Of thousands of them the monitor need not be asked."""
+    said = verdict(fixed, (60.0, sample), slow=None)
+    assert says(said) == (V.IDLE, 0)
+    assert not wants_slow_facts(said)
+
+
 def test_a_driver_whose_processor_stopped_with_its_calls_off_is_stuck() -> None:
     stopped = replace(WELL, vcpu_threads=(thread(ThreadState.STOPPED),))
     sample = split(11, 11, 11, avail_flags=1)

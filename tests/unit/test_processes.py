@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,11 @@ def test_a_process_that_ended_is_not_alive_though_nobody_reaped_it(
         assert not process.alive()
         with pytest.raises(MachineGoneError, match=f"process {child.pid} ended"):
             process.check_alive()
+
+
+def test_several_threads_may_ask_at_once(child: subprocess.Popen[bytes]) -> None:
+    with Process(child.pid) as process, ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(process.alive, [0.1] * 8))
 
 
 def test_a_stopped_process_is_alive(child: subprocess.Popen[bytes]) -> None:

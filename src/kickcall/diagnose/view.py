@@ -404,9 +404,11 @@ class View:
         """A driver that reaps when it is called, and asks for work, has its calls off.
 
         An inbox may be polled for as long as somebody listens (net RX: NAPI, SO_PREFER_BUSY_POLL).
+        Where nothing was completed yet there is nothing that a call could have told.
         """
         request = self.fixed.role is QueueRole.REQUEST
-        return self.calls_off and self.fixed.calls_when_idle and request
+        used = bool(self.track.now.used_idx)
+        return used and self.calls_off and self.fixed.calls_when_idle and request
 
     @property
     def has_vector(self) -> bool:

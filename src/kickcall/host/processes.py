@@ -59,8 +59,6 @@ class Process:
             raise KickcallError(
                 f"cannot hold process {pid} by a pidfd: {exc.strerror} (needs Linux 5.3 or newer)"
             ) from exc
-        self._poll = select.poll()
-        self._poll.register(self._pidfd, select.POLLIN)
         started = start_time(pid)
         if started is None or not self.alive():
             os.close(self._pidfd)
@@ -72,7 +70,9 @@ class Process:
 
         `wait_s` is how many seconds it is given to end.
         """
-        return not self._poll.poll(wait_s * 1000)
+        poll = select.poll()  # of this call's own: one poll object serves one thread at a time
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(wait_s * 1000)
 
     def check_alive(self, wait_s: float = 0.0) -> None:
         """Raise MachineGoneError where the process ended, or does so within `wait_s` seconds."""
