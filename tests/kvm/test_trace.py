@@ -1,12 +1,13 @@
 """Does the flight recorder count what happens, know who did it, and leave nothing behind?
 
 KICKCALL_TRACE_REQUESTS makes the comparison with the guest's own counts as long as wanted
-(100,000 requests take hours under TCG).
+(6 devices of 16,700 requests, 100,200 in all, take 18 min under TCG).
 
 What must be equal: the kernel raises one MSI for each call, and the guest counts one interrupt
 for each that it takes. Several that come before it has taken the first are one. So with one request
-in flight calls and interrupts are equal; with many, interrupts are the fewer. vhost in the kernel
-never empties a kick notifier: its count rises by every kick, always.
+in flight calls and interrupts are equal; with many, interrupts are the fewer. A guest that pings
+waits for the answer, not for the call that its packet has left: one of thousands may be merged with
+the next. vhost in the kernel never empties a kick notifier: its count rises by every kick, always.
 """
 
 from __future__ import annotations
@@ -143,7 +144,10 @@ def test_the_recorder_counts_what_the_guest_and_vhost_count(
     assert recording.dropped == 0
     calls = {queue: counts[Which(path_of(name), queue, CALL)].total for queue in range(having)}
     lines = {queue: (name, interrupt_lines(kvm_zoo, name, queue)) for queue in range(having)}
-    assert calls == {queue: taken_now[line] - taken[line] for queue, line in lines.items()}
+    for queue, line in lines.items():
+        sends = name in NETS and queue % 2
+        merged = calls[queue] - (taken_now[line] - taken[line])
+        assert 0 <= merged <= (1 + REQUESTS // 1000 if sends else 0), (line, calls[queue], merged)
     kicks = {queue: counts[Which(path_of(name), queue, KICK)].total for queue in range(having)}
     if backend is BackendKind.VHOST_KERNEL:
         assert kicks == {queue: kicked_now[queue] - kicked[queue] for queue in range(having)}
