@@ -12,9 +12,9 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kickcall.lab.command_line import machine_arguments
 from kickcall.lab.machine import LabMachine
 from kickcall.lab.process import LabProcess, running_since
-from kickcall.lab.spec import machine_arguments
 from kickcall.vmm.find import find
 from small_qemu import qemu_binary
 from witness import until

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kickcall.errors import LabError
+from kickcall.lab.command_line import guest_arguments, machine_arguments
 from kickcall.lab.image import GuestImage
 from kickcall.lab.spec import (
     AnyDevice,
@@ -19,8 +20,6 @@ from kickcall.lab.spec import (
     VirtioBlk,
     VirtioNet,
     VirtioScsi,
-    guest_arguments,
-    machine_arguments,
 )
 from kickcall.lab.spec_text import parse_board, parse_device
 from kickcall.lab.vhost_kernel import named

@@ -21,6 +21,7 @@ from kickcall.errors import LabError
 from kickcall.lab import process, vhost_kernel
 from kickcall.lab.board import BOARDS
 from kickcall.lab.cache import locked, log_progress, tool
+from kickcall.lab.command_line import guest_arguments, machine_arguments
 from kickcall.lab.image import GuestImage, guest_image
 from kickcall.lab.machine import LabMachine, lab_folder, machines
 from kickcall.lab.process import LabProcess
@@ -29,8 +30,6 @@ from kickcall.lab.spec import (
     MachineSpec,
     VhostNet,
     VhostUserBlk,
-    guest_arguments,
-    machine_arguments,
 )
 
 if TYPE_CHECKING:

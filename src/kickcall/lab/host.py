@@ -22,11 +22,12 @@ from kickcall.errors import LabError
 from kickcall.lab.board import tsc_words
 from kickcall.lab.boot import prepare, start_qemu, wait_for_guest
 from kickcall.lab.cache import log_progress
+from kickcall.lab.command_line import machine_arguments
 from kickcall.lab.host_image import host_image
 from kickcall.lab.image import guest_image
 from kickcall.lab.machine import LabMachine
 from kickcall.lab.qemu import find_qemu, usable_kvm
-from kickcall.lab.spec import MachineSpec, machine_arguments
+from kickcall.lab.spec import MachineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

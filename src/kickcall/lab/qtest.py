@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 from kickcall.errors import LabError
 from kickcall.lab.boot import folder_inside, prepare, start_backends, start_qemu
 from kickcall.lab.cache import log_progress
+from kickcall.lab.command_line import machine_arguments
 from kickcall.lab.qemu import find_qemu
 from kickcall.lab.qtest_virtio import VirtioPciDriver, write_command
-from kickcall.lab.spec import machine_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
