@@ -2,7 +2,8 @@
 
 On a KVM host only (`kickcall lab host run -- .venv/bin/python -m pytest bench/test_trace.py`).
 Pairs: the same reads with and without the recorder, one right after the other and by turns first,
-so that a busy host is busy for both. KICKCALL_TRACE_PAIRS sets how many.
+so that a busy host is busy for both. KICKCALL_TRACE_PAIRS sets how many. The limit is meant for
+hardware: on a host under TCG it is passed, see docs/trace.md.
 """
 
 from __future__ import annotations
