@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import tarfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kickcall.host import tracefs
-from kickcall.incident.facts import facts_from, lines_from
 from kickcall.model import DeviceEvent
+from opened_bundle import opened
+from watcher import KICKCALL
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kickcall.lab.machine import LabMachine
 
 pytestmark = [pytest.mark.rig, pytest.mark.long, pytest.mark.timeout(900)]
 
-KICKCALL = Path(sys.executable).with_name("kickcall")
 DEVICE = "/machine/peripheral/vscsi0"
 
 
@@ -42,14 +41,9 @@ def test_a_bundle_has_what_the_kernel_saw_and_what_vhost_does(
     finally:
         reading.kill()
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["missing"] == []
-    with tarfile.open(path) as file:
-        members = {
-            entry.name.partition("/")[2]: content.read()
-            for entry in file
-            if (content := file.extractfile(entry)) is not None
-        }
-    facts = facts_from(members["facts.json"])
+    bundle = opened(path, done.stdout)
+    facts, members = bundle.facts, bundle.members
+    assert bundle.told["missing"] == []
     assert facts.counts is not None
     counted = {(one.device, one.event): one for one in facts.counts if one.total}
     kicks, calls = counted[DEVICE, DeviceEvent.KICK], counted[DEVICE, DeviceEvent.CALL]
@@ -57,7 +51,7 @@ def test_a_bundle_has_what_the_kernel_saw_and_what_vhost_does(
     assert "vhost" in calls.by
     events = [json.loads(line) for line in members["trace.jsonl"].splitlines()]
     assert {one["event"] for one in events if one["device"] == DEVICE} == {"kick", "call"}
-    first = lines_from(members["samples.jsonl"])[0]
+    first = bundle.lines()[0]
     assert all(abs(one["at"] - first.at) < 600 for one in events)
     workers = [one for one in facts.threads if one.comm.startswith("vhost-")]
     assert workers

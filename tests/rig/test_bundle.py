@@ -12,25 +12,25 @@ import re
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kickcall.attached import attach
-from kickcall.incident.facts import facts_from, lines_from
+from kickcall.incident.facts import lines_from
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
+from opened_bundle import Opened, opened
 from pictures import chromium, keep_page
 from watcher import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kickcall.incident.facts import Facts, Line
+    from kickcall.incident.facts import Line
     from kickcall.lab.guest import Command
     from kickcall.lab.machine import LabMachine
 
@@ -74,31 +74,6 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [KICKCALL, *map(str, words)], capture_output=True, text=True, timeout=120, check=False
     )
-
-
-@dataclass
-class Opened:
-    """A bundle, opened."""
-
-    told: dict[str, Any]
-    names: list[str]
-    members: dict[str, bytes]
-    facts: Facts
-
-    def lines(self) -> list[Line]:
-        return lines_from(self.members["samples.jsonl"])
-
-
-def opened(path: Path, told: str) -> Opened:
-    with tarfile.open(path) as file:
-        entries = file.getmembers()
-        members = {}
-        for entry in entries:
-            content = file.extractfile(entry)
-            assert content is not None
-            members[entry.name.partition("/")[2]] = content.read()
-    names = [entry.name.partition("/")[2] for entry in entries]
-    return Opened(json.loads(told), names, members, facts_from(members["facts.json"]))
 
 
 @pytest.fixture(scope="module")
