@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import time
 from collections import Counter
@@ -168,6 +169,7 @@ def virtio_device_address(machine: LabMachine, name: str) -> str:
 
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _PTRACE_DETACH = 0x4206, 0x4207, 17  # linux/ptrace.h
 _WALL = 0x40000000
+_PPOLL = {"x86_64": 271, "aarch64": 73}  # syscall_64.tbl, asm-generic/unistd.h
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
 
@@ -191,6 +193,31 @@ class StoppedThread:
         if _libc.ptrace(request, self.tid, None, None) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), f"ptrace of thread {self.tid}")
+
+
+class StoppedMainThread(StoppedThread):
+    """QEMU's main thread, held still while it waits for something to do.
+
+    Anywhere else it may hold the lock that a virtual CPU needs to ring a doorbell
+    (util/main-loop.c, os_host_main_loop_wait: it gives it away around its ppoll alone).
+    """
+
+    def __init__(self, machine: LabMachine) -> None:
+        super().__init__(machine.pid)
+
+    def __enter__(self) -> Self:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            super().__enter__()
+            if self._waits():
+                return self
+            self.__exit__()
+            time.sleep(0.001)
+        raise TimeoutError(f"the main thread of QEMU (PID {self.tid}) never waits")
+
+    def _waits(self) -> bool:
+        number = Path(f"/proc/{self.tid}/syscall").read_text().split()[0]
+        return number == str(_PPOLL[platform.machine()])
 
 
 class StoppedIothread(StoppedThread):

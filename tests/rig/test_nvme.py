@@ -21,7 +21,7 @@ from kickcall.host.processes import Process
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import MachineSpec, OtherDevice
 from kickcall.model import Via
-from witness import STOP_IO, StoppedThread, never, until
+from witness import STOP_IO, StoppedMainThread, never, until
 from zoo import QEMUS
 
 if TYPE_CHECKING:
@@ -124,14 +124,14 @@ def test_a_kick_makes_the_controller_look_at_the_tail(
 def test_a_kick_that_was_lost_is_made_up_for(
     machine: LabMachine, attached: AttachedMachine
 ) -> None:
-    # A loop and no sleep: the guest's timers stand still with QEMU's main thread.
-    reader = machine.guest.start(
-        "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; "
-        "taskset -c 0 dd if=/dev/nvme0n1 of=/dev/null bs=4k count=1 iflag=direct"
-    )
     device = attached.pci_device("nvme0")
     notifiers = doorbell_eventfds(device)
-    with Process(machine.pid) as process, StoppedThread(machine.pid):
+    # A loop and no sleep: the guest's timers stand still with QEMU's main thread.
+    reader = machine.guest.start(
+        "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; "
+        "taskset -c 0 dd if=/dev/nvme0n1 of=/dev/null bs=4k count=1 iflag=direct"
+    )
+    with Process(machine.pid) as process, StoppedMainThread(machine):
         rung: list[int] = []
 
         def rings() -> bool:
