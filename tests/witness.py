@@ -156,6 +156,15 @@ def io_until_told(machine: LabMachine, name: str, cpu: int = 0) -> str:
     return f"while [ ! -e /run/stop-io ]; do {read} || exit 1; done"
 
 
+def kernel_complaints(machine: LabMachine) -> str:
+    """Return what the guest's kernel complains of.
+
+    Not that a timer's interrupt took long: that is a pause of the host.
+    """
+    words = "error|warn|bug|stall|timeout|hang|spurious|reset|blocked for"
+    return machine.guest.run(f"dmesg | grep -iE '{words}'").output
+
+
 def virtio_device_address(machine: LabMachine, name: str) -> str:
     """Return where QEMU has the VirtIODevice that the guest uses as `name`, by QEMU's trace."""
     command = own_io(machine, name)

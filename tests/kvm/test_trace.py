@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kickcall.host import tracefs
+from kickcall.errors import KernelViewError
+from kickcall.host import eventfd_trace, tracefs
+from kickcall.host.bpf_counter import BpfCounter
+from kickcall.host.eventfds import eventfds_of
+from kickcall.host.hist_counter import HistCounter
 from kickcall.model import BackendKind, DeviceEvent, Signaller
 from kickcall.vmm.recorder import Which
 from kvm_zoo import DISKS, NETS, NOTIFIERS, interrupt_lines
@@ -82,13 +87,12 @@ def kick_counts(attached: AttachedMachine, device: str) -> dict[int, int]:
 def tracing(machine: LabMachine, *options: str, name: str = "") -> Iterator[subprocess.Popen[str]]:
     """Run `kickcall trace` until the block ends; it counts when the block begins."""
     command = [sys.executable, "-m", "kickcall", "trace", name or machine.name, *options]
-    before = set(ours())
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as trace:
         try:
             until(
-                lambda: trace.poll() is not None or counting(set(ours()) - before),
+                lambda: trace.poll() is not None or counts(trace.pid, machine),
                 "kickcall trace counts",
                 PATIENCE,
             )
@@ -98,14 +102,10 @@ def tracing(machine: LabMachine, *options: str, name: str = "") -> Iterator[subp
             trace.terminate()
 
 
-def counting(instances: set[str]) -> bool:
-    """Tell whether the kernel counts for an instance: its own eventfd, signalled in both ways."""
-    for name in instances:
-        hist = TRACING / "instances" / name / "events" / name / "signal" / "hist"
-        with contextlib.suppress(OSError):
-            if b"hitcount:" in hist.read_bytes():
-                return True
-    return False
+def counts(pid: int, machine: LabMachine) -> bool:
+    """Tell whether a kickcall has signalled its own eventfd, to see whether the kernel counts."""
+    theirs = {one.eventfd_id for one in eventfds_of(machine.pid).values()}
+    return any(one.count and one.eventfd_id not in theirs for one in eventfds_of(pid).values())
 
 
 def ours() -> list[str]:
@@ -119,6 +119,12 @@ def probes() -> list[str]:
     return [line for line in lines if ":kickcall_" in line and "kickcall_test" not in line]
 
 
+def programs() -> list[str]:
+    """Return the functions that signal eventfds and have programs at their entry."""
+    lines = (TRACING / "enabled_functions").read_text().splitlines()
+    return [line for line in lines if re.match(r"eventfd_(signal|write)\b.* D\b", line)]
+
+
 def totals(document: str) -> dict[tuple[str, int, str], Any]:
     """Return the counts of a `--json` document by device, queue and event."""
     parsed: dict[str, Any] = json.loads(document)
@@ -130,14 +136,32 @@ def totals(document: str) -> dict[tuple[str, int, str], Any]:
     }
 
 
-@pytest.mark.parametrize("name", [*DISKS, *NETS])
+def refused(*_: object) -> None:
+    raise KernelViewError("this kernel takes no program")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, BpfCounter) for name in (*DISKS, *NETS)),
+        ("vscsi0", HistCounter),
+        ("iot0", HistCounter),
+    ],
+)
 def test_the_recorder_counts_what_the_guest_and_vhost_count(
-    kvm_zoo: LabMachine, attached: AttachedMachine, name: str
+    kvm_zoo: LabMachine,
+    attached: AttachedMachine,
+    name: str,
+    way: type[BpfCounter | HistCounter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if way is HistCounter:
+        monkeypatch.setattr(eventfd_trace, "BpfCounter", refused)
     backend, _, having = NOTIFIERS[name]
     do(kvm_zoo, requests(kvm_zoo, name, 2))  # the first ping asks for an address as well
     taken, kicked = interrupts(kvm_zoo), kick_counts(attached, name)
     with attached.record(name) as recording:
+        assert type(recording._trace._counter) is way
         do(kvm_zoo, requests(kvm_zoo, name, REQUESTS))
         taken_now, kicked_now = interrupts(kvm_zoo), kick_counts(attached, name)
         counts = recording.counts()
@@ -241,21 +265,31 @@ def test_each_event_is_told_with_its_time_and_its_answer(kvm_zoo: LabMachine) ->
 def test_two_at_once_count_the_same(kvm_zoo: LabMachine) -> None:
     with (
         tracing(kvm_zoo, "--json", "--duration", "1h") as one,
-        tracing(kvm_zoo, "vscsi0", "--json", "--duration", "1h") as two,
+        # Only the second needs tracefs: it counts in the other way.
+        tracing(kvm_zoo, "vscsi0", "--events", "--json", "--duration", "1h") as two,
     ):
-        assert len(ours()) == 2
+        assert len(ours()) == 1
+        assert len(programs()) == 2
         do(kvm_zoo, requests(kvm_zoo, "vscsi0", 40))
-        counted = []
         for trace in (one, two):
             trace.send_signal(signal.SIGINT)
-            counted.append(totals(trace.communicate(timeout=PATIENCE)[0]))
-    everything, vscsi = counted
+        everything = totals(one.communicate(timeout=PATIENCE)[0])
+        # With events each line is a document.
+        vscsi = totals(two.communicate(timeout=PATIENCE)[0].splitlines()[-1])
     assert sum(count["total"] for (_, _, event), count in vscsi.items() if event == "call") == 40
     assert {key: count["total"] for key, count in vscsi.items()} == {
         key: count["total"] for key, count in everything.items() if key[0] == "vscsi0"
     }
-    assert ours() == []
-    assert probes() == []
+    assert (ours(), probes(), programs()) == ([], [], [])
+
+
+@pytest.mark.long
+def test_the_programs_of_one_that_was_killed_are_gone(kvm_zoo: LabMachine) -> None:
+    with tracing(kvm_zoo, "--duration", "1h") as killed:
+        assert len(programs()) == 2
+        killed.kill()
+        killed.wait()
+    until(lambda: programs() == [], "the kernel takes the programs away")
 
 
 @pytest.mark.long
@@ -263,8 +297,8 @@ def test_one_that_was_killed_is_swept_and_one_that_runs_is_left_alone(
     kvm_zoo: LabMachine,
 ) -> None:
     with (
-        tracing(kvm_zoo, "vscsi0", "--json", "--duration", "1h") as running,
-        tracing(kvm_zoo, "--duration", "1h") as killed,
+        tracing(kvm_zoo, "vscsi0", "--events", "--json", "--duration", "1h") as running,
+        tracing(kvm_zoo, "--events", "--duration", "1h") as killed,
     ):
         of_running = {name for name in ours() if f"_{running.pid}_" in name}
         killed.kill()
@@ -281,7 +315,7 @@ def test_one_that_was_killed_is_swept_and_one_that_runs_is_left_alone(
         assert all(f"_{running.pid}_" in line for line in probes())
         do(kvm_zoo, requests(kvm_zoo, "vscsi0", 10))
         running.send_signal(signal.SIGTERM)
-        counted = totals(running.communicate(timeout=PATIENCE)[0])
+        counted = totals(running.communicate(timeout=PATIENCE)[0].splitlines()[-1])
     calls = [count["total"] for (_, _, event), count in counted.items() if event == "call"]
     assert sum(calls) == 10
     assert ours() == []
@@ -322,4 +356,4 @@ def test_a_look_at_the_counts_is_cheap(kvm_zoo: LabMachine, attached: AttachedMa
 
 def test_nothing_of_a_test_is_left() -> None:
     assert tracefs.sweep(tracefs.folder()) == []
-    assert (ours(), probes()) == ([], [])
+    assert (ours(), probes(), programs()) == ([], [], [])

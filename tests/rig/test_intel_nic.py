@@ -13,7 +13,7 @@ from kickcall.errors import EventNotSupportedError, QueueNotFoundError, QueueNot
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import E1000, E1000e, Igb, MachineSpec
 from kickcall.model import DeviceEvent, Via
-from witness import until
+from witness import kernel_complaints, until
 from zoo import QEMUS
 
 if TYPE_CHECKING:
@@ -217,10 +217,6 @@ def test_the_rfcs_function_finds_cards_too(attached: AttachedMachine) -> None:
     }
 
 
-def complaints(machine: LabMachine) -> str:
-    return machine.guest.run("dmesg | grep -iE 'error|warn|bug|stall|timeout|hang|spurious'").output
-
-
 def events_in_turn(
     devices: list[AttachedPciDevice],
 ) -> Iterator[tuple[AttachedPciDevice, str, int]]:
@@ -234,7 +230,7 @@ def events_in_turn(
 def test_busy_cards_are_called_and_kicked_without_harm(
     machine: LabMachine, attached: AttachedMachine
 ) -> None:
-    before = complaints(machine)
+    before = kernel_complaints(machine)
     echoed = 256 << 10
     traffic = [
         machine.guest.start(
@@ -251,5 +247,5 @@ def test_busy_cards_are_called_and_kicked_without_harm(
     for command in traffic:
         status, output = command.wait(timeout=60)
         assert status == 0, output
-    assert complaints(machine) == before
+    assert kernel_complaints(machine) == before
     assert machine.qmp("query-status")["running"]

@@ -22,6 +22,7 @@ from witness import (
     interrupts,
     interrupts_after,
     io_until_told,
+    kernel_complaints,
     rise,
     until,
     virtio_device_address,
@@ -71,10 +72,6 @@ def attached(machine: LabMachine) -> Iterator[AttachedMachine]:
 def is_as_before(machine: LabMachine) -> bool:
     stubs = [one for one in machine.qmp("query-chardev") if one["label"] == "gdb"]
     return bool(machine.qmp("query-status")["running"]) and not stubs
-
-
-def kernel_complaints(machine: LabMachine) -> str:
-    return machine.guest.run("dmesg | grep -iE 'error|warn|bug|stall|timeout|spurious'").output
 
 
 @pytest.mark.parametrize(("name", "number"), [("net0", 0), ("net0", 1), ("slow0", 1), ("blk0", 0)])

@@ -21,7 +21,7 @@ from kickcall.host.processes import Process
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import MachineSpec, OtherDevice
 from kickcall.model import Via
-from witness import STOP_IO, StoppedMainThread, never, until
+from witness import STOP_IO, StoppedMainThread, kernel_complaints, never, until
 from zoo import QEMUS
 
 if TYPE_CHECKING:
@@ -217,7 +217,3 @@ def test_a_busy_machine_stands_every_injection(
     assert kernel_complaints(machine) == complaints
     assert is_as_before(machine)
     assert set(written) >= {*kinds[:3]}
-
-
-def kernel_complaints(machine: LabMachine) -> str:
-    return machine.guest.run("dmesg | grep -iE 'error|warn|bug|stall|timeout|spurious'").output

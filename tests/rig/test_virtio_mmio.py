@@ -21,6 +21,7 @@ from witness import (
     interrupts,
     interrupts_after,
     io_until_told,
+    kernel_complaints,
     rise,
     until,
     virtio_device_address,
@@ -83,10 +84,6 @@ def has_notifiers(machine: LabMachine) -> bool:
 def is_as_before(machine: LabMachine) -> bool:
     stubs = [one for one in machine.qmp("query-chardev") if one["label"] == "gdb"]
     return bool(machine.qmp("query-status")["running"]) and not stubs
-
-
-def kernel_complaints(machine: LabMachine) -> str:
-    return machine.guest.run("dmesg | grep -iE 'error|warn|bug|stall|timeout|spurious'").output
 
 
 def check_kick(machine: LabMachine, name: str, number: int, via: Via) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from kickcall.errors import KernelViewError
 from kickcall.host import tracefs
-from kickcall.host.eventfd_trace import BY_WRITE, IN_KERNEL, probes
+from kickcall.host.hist_counter import probes
 from kickcall.host.processes import start_time
+from kickcall.host.signal_sites import BY_WRITE, IN_KERNEL
 
 NAMESPACE = os.stat("/proc/self/ns/pid").st_ino
 has_btf = pytest.mark.skipif(

@@ -45,7 +45,7 @@ def trace(
 ) -> None:
     """Count every kick and every call of every queue, and say who raised them.
 
-    The kernel counts (tracefs, kprobes): needs root. The machine is not touched. Ctrl-C ends it
+    The kernel counts, where it signals: needs root. The machine is not touched. Ctrl-C ends it
     early, and the totals are printed all the same.
 
     \b
@@ -77,7 +77,7 @@ def trace(
 
 
 def _interrupted(_signal: int, _frame: object) -> None:
-    """End as at Ctrl-C: the probes are removed."""
+    """End as at Ctrl-C: with the totals, and nothing left in the kernel."""
     raise KeyboardInterrupt
 
 
@@ -212,8 +212,9 @@ class _Run:
         )
         if self.dropped:
             typer.echo(
-                f"Drops: {self.dropped} kicks and calls found no room in the kernel's table: the "
-                "totals lack them (count fewer queues: name a DEVICE, or --queue)"
+                f"Drops: up to {self.dropped} kicks and calls found no room in the kernel's table, "
+                "or came in the midst of another: the totals lack them (count fewer queues: name a "
+                "DEVICE, or --queue)"
             )
         if self.lost:
             typer.echo(f"Lost: {self.lost} kicks and calls were counted and not printed one by one")

@@ -1,41 +1,37 @@
 """How often is each eventfd signalled, by which thread, and when? Counted by the kernel itself.
 
-A kprobe where the kernel signals an eventfd, another where a process writes to one, and a histogram
-at each: nothing is recorded and nobody woken until somebody reads. Needs root and tracefs.
+A program where the kernel signals an eventfd, another where a process writes to one; or, where it
+takes none and to record each signal, a kprobe and a histogram at each. Nobody is woken until
+somebody reads. Needs root.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import itertools
+import logging
 import mmap
 import os
 import platform
 import struct
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
-from kickcall.errors import KernelViewError
-from kickcall.host.btf import Kind, kernel_types
+from kickcall.errors import KernelViewError, KickcallError, PrivilegeError
+from kickcall.host.bpf_counter import BpfCounter
 from kickcall.host.eventfds import read_eventfd
-from kickcall.host.hist import Hits, filter_text, parse_hist, size_for
+from kickcall.host.hist_counter import HistCounter
+from kickcall.host.signal_sites import BY_WRITE, IN_KERNEL
 from kickcall.host.trace_ring import parse_format, parse_page
-from kickcall.host.tracefs import Instance
+from kickcall.host.tracefs import folder, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kickcall.host.hist import Counted
     from kickcall.host.trace_ring import Format, RawEvent
 
-IN_KERNEL = "signal"
-"""Somebody signalled from within the kernel: KVM's ioeventfd, vhost, an interrupt."""
-BY_WRITE = "write"
-"""A process wrote to the eventfd: write(2) and its kin."""
-
-_COUNTING_KIB = 64
-_RECORDING_KIB = 512
-"""Of trace buffer for each CPU. Recording takes some 28 bytes a notification."""
 _SETTLED_NS = 2_000_000
 """An event gets its time a little before it can be read: so long is waited for others before it."""
 _AIO = {"x86_64": (206, 207, 209), "aarch64": (0, 1, 2), "riscv64": (0, 1, 2)}
@@ -44,16 +40,8 @@ _IOCB = struct.Struct("=QIIHhIQQqQII")
 """struct iocb, include/uapi/linux/aio_abi.h."""
 _IOCB_FLAG_RESFD = 1
 _PROOF_S = 0.5
+_log = logging.getLogger("kickcall.trace")
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Counted(NamedTuple):
-    """What was counted since the trace began."""
-
-    in_kernel: list[Hits]
-    by_write: list[Hits]
-    dropped: int
-    """Signals that found no room in the histograms: counted nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +64,8 @@ class EventfdTrace:
     """
 
     def __init__(self, ids: Iterable[int], *, threads: int = 16, record: bool = False) -> None:
-        self._threads = threads
-        self._record = record
-        self._covered: set[int] = set()
-        self._triggers = itertools.count()
         self._buffers: list[int] = []
-        self._formats: dict[int, Format] = {}
+        self._kinds: dict[str, Format] = {}
         self._pending: list[RawEvent] = []
         self._lost = False
         # Held until the end, so that no other eventfd gets its id.
@@ -91,57 +75,46 @@ class EventfdTrace:
             if state is None or state.eventfd_id < 0:
                 raise KernelViewError("this kernel tells no eventfd's id: Linux 5.2 or newer")
             self._own_id = state.eventfd_id
-            self._instance = Instance(
-                probes(), buffer_kib=_RECORDING_KIB if record else _COUNTING_KIB
-            )
+            self._covered = {*ids, self._own_id}
+            self._counter = self._start(threads, record=record)
         except BaseException:
             os.close(self._own)
             raise
-        try:
-            self.add({*ids, self._own_id})
-            if record:
-                self._kinds = {name: self._format(name) for name in (IN_KERNEL, BY_WRITE)}
-                self._formats = {one.kind: one for one in self._kinds.values()}
-                self._buffers = self._instance.raw_buffers()
-            self._prove()
-        except BaseException:
-            self.close()
-            raise
 
-    def _format(self, event: str) -> Format:
-        try:
-            return parse_format(self._instance.format(event))
-        except ValueError as exc:
-            raise KernelViewError(f"the kernel's trace cannot be read: {exc}") from exc
+    def _start(self, threads: int, *, record: bool) -> BpfCounter | HistCounter:
+        """Let the kernel count, in the cheapest way that it has; only tracefs records."""
+        with contextlib.suppress(KickcallError):
+            sweep(folder())
+        if not record:
+            try:
+                with contextlib.ExitStack() as stack:
+                    program = stack.enter_context(BpfCounter(self._covered, threads))
+                    self._prove(program)
+                    stack.pop_all()
+                    return program
+            except (KernelViewError, PrivilegeError) as exc:
+                _log.debug("counted by histograms: %s", exc)
+        with contextlib.ExitStack() as stack:
+            counter = stack.enter_context(HistCounter(self._covered, threads, record=record))
+            self._prove(counter)
+            if record:
+                self._kinds = {name: _format(counter, name) for name in (IN_KERNEL, BY_WRITE)}
+                self._buffers = counter.instance.raw_buffers()
+            stack.pop_all()
+            return counter
 
     def add(self, ids: Iterable[int]) -> None:
         """Count these eventfds, too, from now on."""
         new = set(ids) - self._covered
-        if not new:
-            return
-        # A histogram sets the instance's clock, and that empties the buffer (tracing_set_clock).
-        self._drain()
-        which = filter_text(new)
-        size = size_for(len(new) * self._threads)
-        number = next(self._triggers)
-        # max() of the time is the time of the last one. A variable's name may be used once.
-        trigger = (
-            f"hist:keys=id,common_pid.execname:ts{number}=common_timestamp:size={size}:clock=mono:"
-            f"onmax($ts{number}).save(id) if {which}"
-        )
-        for event in (IN_KERNEL, BY_WRITE):
-            self._instance.set_trigger(event, trigger)
-        self._covered |= new
-        if self._record:
-            everything = filter_text(self._covered)
-            for event in (IN_KERNEL, BY_WRITE):
-                self._instance.record(event, everything)
+        if new:
+            # A histogram sets the instance's clock, and that empties the buffer.
+            self._drain()
+            self._counter.add(new)
+            self._covered |= new
 
     def counts(self) -> Counted:
         """Return what was counted so far. Signals go on meanwhile."""
-        in_kernel, dropped = parse_hist(self._instance.hist(IN_KERNEL))
-        by_write, dropped_writes = parse_hist(self._instance.hist(BY_WRITE))
-        return Counted(in_kernel, by_write, dropped + dropped_writes)
+        return self._counter.counts()
 
     def signals(self, *, last: bool = False) -> tuple[list[Signal], bool]:
         """Return what was recorded since the last call, oldest first, and whether some were lost.
@@ -155,7 +128,7 @@ class EventfdTrace:
         ready = [one for one in self._pending if last or one.ns < until]
         lost, self._lost = self._lost, False
         del self._pending[: len(ready)]
-        kernel = self._kinds[IN_KERNEL].kind if self._record else -1
+        kernel = self._kinds[IN_KERNEL].kind if self._kinds else -1
         return [
             Signal(one.ns, one.eventfd_id, one.tid, one.kind == kernel)
             for one in ready
@@ -163,34 +136,40 @@ class EventfdTrace:
         ], lost
 
     def _drain(self) -> None:
+        formats = {one.kind: one for one in self._kinds.values()}
         for fd in self._buffers:
             while page := _read_page(fd):
-                events, lost = parse_page(page, self._formats)
+                events, lost = parse_page(page, formats)
                 self._pending.extend(events)
                 self._lost = self._lost or lost
 
-    def _prove(self) -> None:
+    def _prove(self, counter: BpfCounter | HistCounter) -> None:
         """Signal an eventfd of our own in both ways and look whether both were counted.
 
         Kprobes may be switched off (debugfs, kprobes/enabled), or an offset be wrong.
         """
         os.eventfd_write(self._own, 1)
-        wanted = [BY_WRITE]
-        if _signal_by_aio(self._own):
-            wanted.append(IN_KERNEL)
+        in_kernel = _signal_by_aio(self._own)
         until = time.monotonic() + _PROOF_S
-        for event in wanted:
-            while True:
-                hits, _ = parse_hist(self._instance.hist(event))
-                if any(one.eventfd_id == self._own_id for one in hits):
-                    break
-                if time.monotonic() > until:
-                    raise KernelViewError(
-                        "the kernel did not count a notification that kickcall made to see whether "
-                        f"it would ({event}): are kprobes switched off, in "
-                        "/sys/kernel/debug/kprobes/enabled?"
-                    )
-                time.sleep(0.002)
+        while True:
+            counted = counter.counts()
+            missing = [
+                name
+                for name, hits, wanted in (
+                    (IN_KERNEL, counted.in_kernel, in_kernel),
+                    (BY_WRITE, counted.by_write, True),
+                )
+                if wanted and all(one.eventfd_id != self._own_id for one in hits)
+            ]
+            if not missing:
+                return
+            if time.monotonic() > until:
+                raise KernelViewError(
+                    "the kernel did not count a notification that kickcall made to see whether it "
+                    f"would ({missing[0]}): are kprobes switched off, in "
+                    "/sys/kernel/debug/kprobes/enabled?"
+                )
+            time.sleep(0.002)
 
     def close(self) -> None:
         """Have nothing counted any more, and remove all of it from the kernel."""
@@ -199,7 +178,7 @@ class EventfdTrace:
         if self._own >= 0:
             os.close(self._own)
             self._own = -1
-        self._instance.close()
+        self._counter.close()
 
     def __enter__(self) -> Self:
         return self
@@ -208,26 +187,11 @@ class EventfdTrace:
         self.close()
 
 
-def probes() -> dict[str, str]:
-    """Return what to probe on the running kernel, and how the eventfd's id is found there.
-
-    `$arg1` is the first parameter, on every architecture. Raises KernelViewError.
-    """
-    types = kernel_types()
-    eventfd_id = types.struct("eventfd_ctx").member("id").offset
-    private = types.struct("file").member("private_data").offset
-    # Linux 6.8 (120ae5859363, "eventfd: make eventfd_signal{_mask}() void") made eventfd_signal an
-    # inline function around eventfd_signal_mask(ctx, mask). Before, eventfd_signal is a function,
-    # eventfd_signal_mask took (ctx, n, mask) and was io_uring's alone (03e02acda8e2, Linux 6.2 and
-    # stable kernels), or was not there: to probe both would count twice.
-    mask = types.find("eventfd_signal_mask", (Kind.FUNC,))
-    inline = mask is not None and mask.parameters == 2
-    function = "eventfd_signal_mask" if inline else "eventfd_signal"
-    return {
-        IN_KERNEL: f"{function} id=+{eventfd_id}($arg1):u32",
-        # eventfd_write(struct file *, …): fs/eventfd.c.
-        BY_WRITE: f"eventfd_write id=+{eventfd_id}(+{private}($arg1)):u32",
-    }
+def _format(counter: HistCounter, event: str) -> Format:
+    try:
+        return parse_format(counter.instance.format(event))
+    except ValueError as exc:
+        raise KernelViewError(f"the kernel's trace cannot be read: {exc}") from exc
 
 
 def _read_page(fd: int) -> bytes:

@@ -36,6 +36,16 @@ class Hits(NamedTuple):
     """When it did so last, by the clock of the tracing instance."""
 
 
+class Counted(NamedTuple):
+    """What was counted since the counting began."""
+
+    in_kernel: list[Hits]
+    by_write: list[Hits]
+    dropped: int
+    """At most so many signals were not counted: they found no room, or came in the midst of
+    another that was being counted."""
+
+
 def parse_hist(text: bytes) -> tuple[list[Hits], int]:
     """Return the entries of a `hist` file, and how many hits found no room in it.
 

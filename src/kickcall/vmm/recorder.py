@@ -82,7 +82,7 @@ class Recording:
         self._retry_at = 0.0
         self._retry_s = _RETRY_S
         self.dropped = 0
-        """Notifications that the last `counts` missed, as the kernel's table was full."""
+        """At most so many notifications the last `counts` missed: see `Counted`."""
         found = list(self._find())
         self._take(found)
         try:
