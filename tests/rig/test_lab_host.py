@@ -110,8 +110,8 @@ def test_the_shared_folder_is_written_for_good(host: LabHost) -> None:
 
 def test_an_interrupted_command_is_interrupted_there(host: LabHost) -> None:
     program = (
-        "import time\nprint('started', flush=True)\n"
-        "try: time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted')"
+        "import time\ntry:\n print('started', flush=True)\n time.sleep(60)\n"
+        "except KeyboardInterrupt: print('interrupted', flush=True)"
     )
     command = [sys.executable, "-m", "kickcall", "lab", "host", "run", "--name", NAME, "--"]
     client = subprocess.Popen(
