@@ -88,13 +88,13 @@ def call_once(machine: LabMachine, device: AttachedPciDevice, queue: int, writes
     # From 8.1 on the timer that throttles an MSI-X vector repeats its last interrupt
     # (hw/net/e1000e_core.c, e1000e_intrmgr_on_msix_throttling_timer), the driver's own, too.
     repeats = 2 if machine.spec.qemu != "system" and name in ("msix0", "igb0") else 1
-    for _ in range(5):
+    for _ in range(15):
         begun = -1
         while begun != len(writes.seen()):
             begun = len(writes.seen())
             before = taken(machine, ethernet)
         result = device.raise_event("call", queue, via="mmio")
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 3
         while time.monotonic() < deadline:
             after = taken(machine, ethernet)
             values = writes.seen()[begun:]

@@ -108,7 +108,7 @@ def test_looking_many_times_disturbs_no_request(zoo: LabMachine) -> None:
             until(partial(moved, attached, name, number // 2 % 2), f"{name} serves its queues")
     zoo.guest.run(STOP_IO)
     for reader in readers:
-        finished = reader.wait(timeout=20)
+        finished = reader.wait(timeout=60)
         assert finished.status == 0, finished.output
     assert kernel_complaints(zoo) == complaints
     # Where a connection ended the relay would have said so.

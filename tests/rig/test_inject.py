@@ -77,7 +77,7 @@ def hangs(command: Command) -> None:
 
 
 def finishes(command: Command) -> None:
-    status, output = command.wait(timeout=10)
+    status, output = command.wait(timeout=60)
     assert status == 0, output
 
 
@@ -313,7 +313,7 @@ def test_a_full_counter_is_refused_and_blocks_nobody(
             began = time.monotonic()
             with pytest.raises(CounterFullError):
                 queue.kick()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 10
             assert eventfd_counts(zoo.pid)[notifier.fd] == COUNT_MAX
             os.read(ours, 8)
         finishes(zoo.guest.start(command))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kickcall.errors import LabError
+from kickcall.lab import guest
 from kickcall.lab.spec import MachineSpec, VirtioBlk
 
 if TYPE_CHECKING:
@@ -70,18 +71,20 @@ def test_threads_share_the_channel_without_mixing_replies(mixed_machine: LabMach
     assert outputs == {number: [f"{number}\n"] * 5 for number in range(6)}
 
 
-def test_no_request_is_lost_while_commands_start_and_end(mixed_machine: LabMachine) -> None:
-    # A lost request is repeated after a second. Two of 60 may be late for other reasons: the
-    # processors are shared with other tests.
+def test_no_request_is_lost_while_commands_start_and_end(
+    mixed_machine: LabMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A lost request is repeated after so long, and not before.
+    monkeypatch.setattr(guest, "_REPEAT_AFTER", 20.0)
     background = [mixed_machine.guest.start(f"sleep 0.{number:02}") for number in range(30)]
     took = []
     for _ in range(60):
         before = time.monotonic()
         mixed_machine.guest.run("true")
         took.append(time.monotonic() - before)
-    assert sorted(took)[-3] < 0.9
+    assert max(took) < 20.0
     for command in background:
-        assert command.wait(10).status == 0
+        assert command.wait(60).status == 0
 
 
 def test_another_process_may_ask_the_same_guest(mixed_machine: LabMachine) -> None:

@@ -167,15 +167,12 @@ def test_a_legacy_device_is_refused_by_name(qtest: Qtest) -> None:
         qtest.device("legacy0")
 
 
-def test_hundreds_of_queues_are_ready_within_a_second() -> None:
-    before = time.monotonic()
+def test_hundreds_of_queues_are_set_up_and_served() -> None:
     spec = MachineSpec(devices=(VirtioBlk(queues=256), VirtioBlk(queues=256, packed=True)))
     with boot_without_guest(spec) as machine, Qtest(machine) as qtest:
         split, packed = qtest.device("blk0"), qtest.device("blk1")
         split.set_up()
         packed.set_up(packed=True)
-        # Other tests share the processors: 0.3 s alone.
-        assert time.monotonic() - before < 2.0
         for queue in (*split.queues[::50], *packed.queues[::50]):
             queue.publish_request()
             queue.kick()

@@ -206,7 +206,7 @@ def test_the_rfcs_command_is_served_on_a_domain(domain: GuestDomain, folder: Pat
         # Other commands go through it.
         assert answer("show", "lv0")["run_state"] == "running"
         server.terminate()
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
     by_number = {one["id"][0]: one for one in replies}
     assert [by_number[number].get("return") for number in range(4)] == [{}] * 4
     assert by_number[4]["error"]["class"] == "CommandNotFound"

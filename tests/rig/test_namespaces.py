@@ -161,7 +161,7 @@ def test_the_rfcs_command_is_served_for_a_container(
         assert "listening" in server.stdout.readline()
         said = short_visit(path, "x-debug-device-event", dev="blk0", event="kick", queue=0)
         server.terminate()
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
     assert said == {"return": {}}
     queue.wait_completed(1)
 

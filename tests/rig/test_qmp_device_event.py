@@ -49,7 +49,7 @@ def served(machine: LabMachine, tmp_path: Path) -> Iterator[str]:
         yield path
     finally:
         server.terminate()
-        assert server.wait(10) == 0
+        assert server.wait(60) == 0
 
 
 def ask(path: str, *requests: Mapping[str, object]) -> list[Any]:

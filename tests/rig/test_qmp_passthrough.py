@@ -277,7 +277,7 @@ def test_ten_megabytes_of_garbage_and_half_a_message_harm_nobody(served: Rig) ->
                 client.sock.sendall(data)
                 start = time.monotonic()
                 assert other.ask("query-status", id=1)["id"] == 1
-                assert time.monotonic() - start < 1
+                assert time.monotonic() - start < 5
         with Client(served.path) as client:
             refused = client.all_answers(b'{"execute": "' + b"x" * 5_000_000 + b'"}')
             assert b'"desc": "JSON token size limit exceeded"' in refused[0]
@@ -400,7 +400,7 @@ def test_when_the_machine_ends_so_does_the_server(mortal: Rig) -> None:
         assert any(message.get("event") == "SHUTDOWN" for message in seen)
         assert second.receive()["event"] == "SHUTDOWN"
         assert first.receive() is second.receive() is None
-    assert mortal.server.wait(10) == 0
+    assert mortal.server.wait(60) == 0
     assert mortal.server.stdout is not None
     assert "machine rig has ended" in mortal.server.stdout.read()
     assert not os.path.lexists(mortal.path)
@@ -411,7 +411,7 @@ def test_when_the_machine_is_killed_so_is_nobody_else(mortal: Rig) -> None:
         mortal.qemu.kill()
         assert client.receive() is None
     mortal.qemu.wait()
-    assert mortal.server.wait(10) == 0
+    assert mortal.server.wait(60) == 0
     assert not os.path.lexists(mortal.path)
 
 
@@ -422,7 +422,7 @@ def test_a_signal_ends_it_cleanly_and_the_machine_goes_on(
     with Client(mortal.path) as client:
         mortal.server.send_signal(number)
         assert client.receive() is None
-    assert mortal.server.wait(10) == 0
+    assert mortal.server.wait(60) == 0
     assert not os.path.lexists(mortal.path)
     with Client(mortal.direct) as direct:
         assert "return" in direct.ask("query-status")

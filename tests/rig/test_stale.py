@@ -367,4 +367,4 @@ def test_a_machine_that_was_killed_is_gone(qemu: str) -> None:
                 queue.state()
             with pytest.raises(MachineGoneError):
                 attached.refresh()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 10
