@@ -40,6 +40,12 @@ def never(condition: Callable[[], object], what: str, seconds: float = 0.4) -> N
         time.sleep(0.02)
 
 
+def within(seconds: float) -> float:
+    """Return how long a thing of `seconds` may take here: where processes wait for a processor,
+    five times that."""
+    return seconds if os.getloadavg()[0] < (os.cpu_count() or 1) else 5 * seconds
+
+
 def interrupt_line(machine: LabMachine, device: str, queue: int) -> Line:
     """Return the line of a queue's interrupt, by the names that Linux's drivers give them."""
     match machine.device(device).kind:

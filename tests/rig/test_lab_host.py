@@ -113,7 +113,9 @@ def test_an_interrupted_command_is_interrupted_there(host: LabHost) -> None:
         "import time\ntry:\n print('started', flush=True)\n time.sleep(60)\n"
         "except KeyboardInterrupt: print('interrupted', flush=True)"
     )
-    command = [sys.executable, "-m", "kickcall", "lab", "host", "run", "--name", NAME, "--"]
+    # Whoever runs the tests in the background has SIGINT ignored, and what he starts as well.
+    command = ["/usr/bin/env", "--default-signal=INT", sys.executable, "-m", "kickcall"]
+    command += ["lab", "host", "run", "--name", NAME, "--"]
     client = subprocess.Popen(
         [*command, sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
     )

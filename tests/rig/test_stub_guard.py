@@ -25,7 +25,7 @@ from kickcall.lab.spec import MachineSpec, VirtioBlk
 from kickcall.vmm.gdbstub import Stub
 from kickcall.vmm.pause import Check, RegisterWrite, write_paused
 from kickcall.vmm.stub_guard import FOLDER
-from witness import until
+from witness import until, within
 from zoo import QEMUS
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def signalled(
                 with contextlib.suppress(ProcessLookupError):  # it was done just now
                     os.kill(found[name], number)
         began = time.monotonic()
-        until(lambda: is_running(machine), "the machine runs", 2 * within_s())
+        until(lambda: is_running(machine), "the machine runs", within(2.0))
         # Of a writer that hangs while the machine runs nobody is in a hurry to close the stub.
         until(lambda: is_as_before(machine), "it has no stub", CLOSED_S)
         took = time.monotonic() - began
@@ -260,11 +260,6 @@ def assert_nothing_is_left(machine: LabMachine, kickcall: int) -> None:
     assert is_as_before(machine)
 
 
-def within_s() -> float:
-    """A second. On a host that has other things to do its processes wait for a processor."""
-    return 1.0 if os.getloadavg()[0] < (os.cpu_count() or 1) else 5.0
-
-
 def time_of_one(session: VmmSession) -> float:
     began = time.monotonic()
     os.waitpid(forked(session), 0)
@@ -285,7 +280,7 @@ def test_whoever_is_killed_at_whatever_instant_the_machine_runs_within_a_second(
         signalled(machine, session, whom, signal.SIGKILL, chance.uniform(0, whole))
         for _ in range(KILLS)
     ]
-    assert max(took) < within_s(), took
+    assert max(took) < within(1.0), took
 
 
 @pytest.mark.parametrize("whom", ["kickcall", "guard", "writer"])

@@ -79,10 +79,11 @@ class Map:
             if not isinstance(exc.__cause__, FileNotFoundError):
                 raise
         (count,) = struct.unpack_from("=I", attr, 32)
+        found, theirs = memoryview(keys), memoryview(values)
         for at in range(count):
             yield (
-                keys.raw[at * self.key : (at + 1) * self.key],
-                values.raw[at * self.value : (at + 1) * self.value],
+                bytes(found[at * self.key : (at + 1) * self.key]),
+                bytes(theirs[at * self.value : (at + 1) * self.value]),
             )
 
     def close(self) -> None:
