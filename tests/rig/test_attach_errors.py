@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -162,23 +163,37 @@ def test_a_monitor_that_somebody_holds(path: Path) -> None:
             assert attached.info.pid == pid
 
 
-def test_a_monitor_that_many_wait_for(path: Path) -> None:
-    with (
-        small_qemu("-name", "held", *qmp(path), ready=path.is_socket),
-        contextlib.ExitStack() as all_,
-    ):
-        all_.enter_context(client(path))
+@contextlib.contextmanager
+def crowd(path: Path) -> Iterator[None]:
+    """Hold a monitor, and have so many wait for it that no more can."""
+    with client(path), contextlib.ExitStack() as waiting:
         for _ in range(20):
-            waiting = all_.enter_context(socket.socket(socket.AF_UNIX))
-            waiting.setblocking(False)
+            one = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            one.setblocking(False)
             try:
-                waiting.connect(str(path))
+                one.connect(str(path))
             except BlockingIOError:
                 break
         else:
             pytest.fail("QEMU's queue of clients never fills up")
+        yield
+
+
+def test_a_monitor_that_many_wait_for(path: Path) -> None:
+    with small_qemu("-name", "held", *qmp(path), ready=path.is_socket), crowd(path):
         for target in ("held", f"qmp:{path}"):
             refused(target, MonitorBusyError, "another client holds this monitor")
+
+
+def test_a_monitor_is_had_when_those_who_waited_have_left(path: Path) -> None:
+    with small_qemu("-name", "held", *qmp(path), ready=path.is_socket) as pid:
+        with contextlib.ExitStack() as they:
+            they.enter_context(crowd(path))
+            leave = threading.Timer(0.3, they.pop_all().close)
+        leave.start()
+        with attach("held", timeout=10) as attached:
+            assert attached.info.pid == pid
+        leave.join()
 
 
 def test_the_second_monitor_is_taken_where_the_first_is_held(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ COMMAND_TIMEOUT = 10.0
 """Seconds until an unanswered command means that QEMU's main loop is stuck."""
 _HESITATES_S = 0.1
 """Seconds without a greeting until another monitor of the same QEMU is tried beside it."""
+_FULL_S = 0.05
+"""Seconds until a monitor whose queue of clients was full is tried again."""
 _QUEUE_FULL = frozenset({errno.EAGAIN, errno.EINVAL, errno.ENOTCONN})
 """What a unix socket says whose queue of clients is full: EAGAIN to connect(2) (unix(7)), which
 asyncio takes for a connection on its way, and then finds a socket that is not connected."""
@@ -178,33 +180,43 @@ async def _first_of(paths: Sequence[str], timeout: float) -> tuple[str, _Client]
 
 
 async def _greeted(path: str, timeout: float) -> _Client:
-    client = _Client("kickcall")
-    try:
-        if path.startswith("tcp:"):
-            host, _, port = path.removeprefix("tcp:").rpartition(":")
-            await asyncio.wait_for(client.connect((host, int(port))), timeout)
-        else:
-            with socket_address(path) as address:
-                await asyncio.wait_for(client.connect(address), timeout)
-    except TimeoutError as exc:
-        raise MonitorBusyError(
-            f"{path}: no greeting within {timeout:.1f} s: another client holds this monitor "
-            "(or QEMU's main loop is stuck)"
-        ) from exc
-    except QMPError as exc:
-        cause = exc.__cause__ or exc.__context__ or exc
-        if isinstance(cause, OSError) and cause.errno in _QUEUE_FULL:
+    """Return a client that was greeted. A full queue of clients may have room a moment later."""
+    deadline = time.monotonic() + timeout
+    while True:
+        client = _Client("kickcall")
+        try:
+            await asyncio.wait_for(_connect(client, path), max(deadline - time.monotonic(), 0.1))
+        except TimeoutError as exc:
             raise MonitorBusyError(
-                f"{path}: another client holds this monitor, and more are waiting for it "
+                f"{path}: no greeting within {timeout:.1f} s: another client holds this monitor "
                 "(or QEMU's main loop is stuck)"
             ) from exc
-        if isinstance(cause, OSError) and not isinstance(cause, ConnectionResetError):
-            raise socket_error(path, cause) from exc
-        if isinstance(cause, (EOFError, ConnectionResetError)):
-            raise MonitorGoneError(f"{path}: the other side hung up at once") from exc
-        said = str(exc).partition("\n")[0].strip()
-        raise MonitorError(f"{path}: what answers there speaks no QMP: {said}") from exc
-    return client
+        except QMPError as exc:
+            cause = exc.__cause__ or exc.__context__ or exc
+            if isinstance(cause, OSError) and cause.errno in _QUEUE_FULL:
+                if time.monotonic() + _FULL_S < deadline:
+                    await asyncio.sleep(_FULL_S)
+                    continue
+                raise MonitorBusyError(
+                    f"{path}: another client holds this monitor, and more are waiting for it "
+                    "(or QEMU's main loop is stuck)"
+                ) from exc
+            if isinstance(cause, OSError) and not isinstance(cause, ConnectionResetError):
+                raise socket_error(path, cause) from exc
+            if isinstance(cause, (EOFError, ConnectionResetError)):
+                raise MonitorGoneError(f"{path}: the other side hung up at once") from exc
+            said = str(exc).partition("\n")[0].strip()
+            raise MonitorError(f"{path}: what answers there speaks no QMP: {said}") from exc
+        return client
+
+
+async def _connect(client: _Client, path: str) -> None:
+    if path.startswith("tcp:"):
+        host, _, port = path.removeprefix("tcp:").rpartition(":")
+        await client.connect((host, int(port)))
+    else:
+        with socket_address(path) as address:
+            await client.connect(address)
 
 
 def borrow(paths: Sequence[str]) -> BorrowMonitor:
