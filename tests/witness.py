@@ -9,15 +9,18 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from kickcall.lab.interrupts import parse_interrupts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from kickcall.attached import AttachedMachine
     from kickcall.lab.machine import LabMachine
 
+_K = TypeVar("_K")
+_T = TypeVar("_T")
 Line = tuple[str, str]
 """A line of the guest's /proc/interrupts: the device's id, and the driver's name for it."""
 
@@ -57,6 +60,40 @@ def interrupt_line(machine: LabMachine, device: str, queue: int) -> Line:
             return device, f"req.{queue}"
 
 
+def raised_by(
+    machine: LabMachine, attached: AttachedMachine, call: Callable[[], object]
+) -> dict[Line, int]:
+    """Return which interrupts a call raised, and how often."""
+
+    def called() -> dict[Line, int]:
+        before = interrupts(machine)
+        call()
+        return rise(before, interrupts_after(machine, before))
+
+    return undisturbed(attached, called)
+
+
+def undisturbed(attached: AttachedMachine, do: Callable[[], _T]) -> _T:
+    """Return what `do` returns; of another attempt, if the guest was at work meanwhile.
+
+    On a network it is 5 s after a packet: each side asks whether the other is there (arp(7)).
+    """
+    for _ in range(5):
+        used, returned = used_indices(attached), do()
+        if used_indices(attached) == used:
+            break
+    return returned
+
+
+def used_indices(attached: AttachedMachine) -> dict[tuple[str, int], int | None]:
+    """Return how far each device is in each of its queues."""
+    return {
+        (device.info.path, queue.map.index): queue.state().used_idx
+        for device in attached.devices()
+        for queue in device.queues()
+    }
+
+
 _QUIET = """
 while before=$(grep virtio /proc/interrupts); sleep 0.02
     after=$(grep virtio /proc/interrupts); [ "$before" != "$after" ]; do :; done
@@ -85,8 +122,8 @@ def interrupts_after(machine: LabMachine, before: Counter[Line]) -> Counter[Line
     return interrupts(machine)
 
 
-def rise(before: Counter[Line], after: Counter[Line]) -> dict[Line, int]:
-    """Return the lines that moved, and by how much."""
+def rise(before: Mapping[_K, int], after: Mapping[_K, int]) -> dict[_K, int]:
+    """Return what moved, and by how much."""
     return {line: after[line] - before[line] for line in after if after[line] != before[line]}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,14 +26,23 @@ from kvm_zoo import (
     knock,
 )
 from served import serving
-from witness import NotifyTrace, eventfd_counts, interrupts, interrupts_after, rise, until
+from witness import (
+    NotifyTrace,
+    eventfd_counts,
+    interrupts,
+    raised_by,
+    rise,
+    undisturbed,
+    until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from kickcall.attached import AttachedMachine
+    from kickcall.attached import AttachedMachine, AttachedQueue
     from kickcall.lab.machine import LabMachine
+    from kickcall.model import Injection
 
 pytestmark = [pytest.mark.rig, pytest.mark.timeout(600)]
 
@@ -93,12 +103,9 @@ def test_every_call_raises_its_own_interrupt_by_one(
 ) -> None:
     _, _, having = NOTIFIERS[name]
     for number in range(having):
-        before = interrupts(kvm_zoo)
-        result = attached.device(name).queue(number).call()
-        assert result.via is Via.EVENTFD
-        rose = rise(before, interrupts_after(kvm_zoo, before))
+        queue = attached.device(name).queue(number)
         own = (name, interrupt_lines(kvm_zoo, name, number))
-        assert rose == {own: 1}
+        assert raised_by(kvm_zoo, attached, partial(queue.call, via="eventfd")) == {own: 1}
 
 
 @pytest.mark.parametrize("name", IN_THE_KERNEL)
@@ -112,16 +119,23 @@ def test_every_kick_runs_vhosts_own_handler_once(
         for number in range(having):
             queue = attached.device(name).queue(number)
             assert queue.map.kick is not None
-            before, counts = hits.counts(), eventfd_counts(kvm_zoo.pid)
-            result = queue.kick()
             handler = kick_handler(name, number)
-            until(lambda: hits.counts() != before, f"{handler} runs")  # noqa: B023
-            assert hits.counts() == {**before, handler: before[handler] + 1}
-            rose = eventfd_counts(kvm_zoo.pid)
+            ran, rose, result = undisturbed(attached, partial(kicked, kvm_zoo, queue, hits))
+            assert ran == {handler: 1}
             # Nobody reads it: it goes on counting.
-            assert rose == {**counts, queue.map.kick.fd: counts[queue.map.kick.fd] + 1}
+            assert rose == {queue.map.kick.fd: 1}
             assert result.before.count is not None
             assert result.after.count == result.before.count + 1
+
+
+def kicked(
+    machine: LabMachine, queue: AttachedQueue, hits: HandlerHits
+) -> tuple[dict[str, int], dict[int, int], Injection]:
+    """Kick; return which handlers ran, whose counts rose, and what the kick says of itself."""
+    before, counts = hits.counts(), eventfd_counts(machine.pid)
+    result = queue.kick()
+    until(lambda: hits.counts() != before, "a handler runs")
+    return rise(before, hits.counts()), rise(counts, eventfd_counts(machine.pid)), result
 
 
 @pytest.mark.parametrize("name", ["iot0", "scsi0"])
@@ -163,22 +177,22 @@ def test_a_queue_that_qemu_keeps_is_kicked_by_its_io_port(
         queue.call()
 
 
-def test_the_rfcs_command_works_on_every_device(kvm_zoo: LabMachine, tmp_path: Path) -> None:
+def test_the_rfcs_command_works_on_every_device(
+    kvm_zoo: LabMachine, attached: AttachedMachine, tmp_path: Path
+) -> None:
     listen = tmp_path / "served"
     with serving(kvm_zoo, listen):
         for name, (backend, _, having) in NOTIFIERS.items():
             last = {"dev": f"/machine/peripheral/{name}", "queue": having - 1}
-            before = interrupts(kvm_zoo)
-            assert ask(listen, "x-debug-device-event", {**last, "event": "call"}, 60) == {}
-            after = interrupts_after(kvm_zoo, before)
+            call = partial(ask, listen, "x-debug-device-event", {**last, "event": "call"}, 60)
             line = interrupt_lines(kvm_zoo, name, having - 1)
-            assert rise(before, after) == {(name, line): 1}
-            counts = eventfd_counts(kvm_zoo.pid)
+            assert raised_by(kvm_zoo, attached, call) == {(name, line): 1}
+            notifier = attached.device(name).queue(having - 1).map.kick
+            assert notifier is not None
+            before = eventfd_counts(kvm_zoo.pid)[notifier.fd]
             assert ask(listen, "x-debug-device-event", {**last, "event": "kick"}, 60) == {}
-            rose = eventfd_counts(kvm_zoo.pid)
-            moved = [rose[fd] - counts[fd] for fd in counts if rose[fd] != counts[fd]]
             if backend is BackendKind.VHOST_KERNEL:
-                assert moved == [1]
+                assert eventfd_counts(kvm_zoo.pid)[notifier.fd] == before + 1
 
 
 def test_the_commands_of_the_command_line_know_vhost(kvm_zoo: LabMachine) -> None:
