@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from kickcall.cli.lab import app
 from kickcall.errors import LabError, UsageError
 from kickcall.lab.machine import LabMachine
+from witness import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,8 @@ def test_break_hangs_a_read_that_console_still_answers_beside(up: dict[str, Any]
 
 def test_console_can_leave_a_command_behind(up: dict[str, Any]) -> None:
     assert lab("console", NAME, "--detach", "--", "sleep 321").stdout == ""
-    assert "sleep 321" in lab("console", NAME, "--", "ps").stdout
+    # It is on its way: between fork and exec its name is still another's.
+    until(lambda: "sleep 321" in lab("console", NAME, "--", "ps").stdout, "the command runs")
 
 
 @pytest.mark.parametrize(
