@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -288,7 +289,8 @@ class StoppedIothread(StoppedThread):
 
 def process_state(pid: int) -> set[str]:
     """Return the states of all threads of a process, as `T` for stopped (proc(5))."""
-    return {
-        (task / "stat").read_text().rpartition(")")[2].split()[0]
-        for task in Path(f"/proc/{pid}/task").iterdir()
-    }
+    states = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it ended since it was listed
+            states.add((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return states
