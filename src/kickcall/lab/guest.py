@@ -128,7 +128,8 @@ class Guest:
     def reboot(self, timeout: float = 60.0) -> None:
         """Reboot the guest and return when it is up again."""
         before = self.boot_id()
-        self.start("reboot -f")
+        # The guest may be gone before it says so, and is then told again: by then it is another.
+        self.start(f"grep -q {before} /proc/sys/kernel/random/boot_id && reboot -f")
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             with contextlib.suppress(LabError):
