@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 _HLT = b"\xf4"
 _FIRMWARE_SIZE = 64 << 10
 """The smallest -bios that QEMU takes; its last 16 bytes hold the reset vector."""
-_LISTENS_WITHIN = 2.0
-"""Seconds from a machine's first answer to its qtest socket, with room for a busy host."""
 _BATCH = 256
 """Commands on their way at once: few enough that neither side's socket buffer fills up."""
 _FIRST_FREE_RAM = 1 << 20
@@ -82,7 +80,7 @@ class Qtest:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout)
         # QEMU listens there only after it has answered on its monitors.
-        deadline = time.monotonic() + _LISTENS_WITHIN
+        deadline = time.monotonic() + timeout
         while (code := self._socket.connect_ex(str(machine.folder / "qtest"))) != 0:
             if time.monotonic() > deadline or not machine.alive:
                 self._socket.close()
