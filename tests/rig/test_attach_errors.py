@@ -204,12 +204,13 @@ def test_the_second_monitor_is_taken_where_the_first_is_held(tmp_path: Path) -> 
     ):
         for _ in range(TRIES):
             began = time.monotonic()
-            with attach("held") as attached:
+            # Who waits for the first one to the end waits far longer than any host is busy.
+            with attach("held", timeout=30) as attached:
                 assert attached.info.pid == pid
             took = time.monotonic() - began
             if took < AT_ONCE_S:
                 break
-        assert took < AT_ONCE_S
+        assert took < within(AT_ONCE_S)
         with client(two):
             refused("held", MonitorBusyError, "another client holds this monitor")
 
