@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from kickcall.host.processes import Process
 from kickcall.lab.relay_control import RelayControl
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
 from kickcall.lab.vhost_user import HEADER
+from witness import until, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,11 +94,13 @@ def test_a_delayed_notification_comes_late_by_itself(machine: LabMachine, event:
 
 def test_a_doubled_call_is_two_interrupts(machine: LabMachine) -> None:
     assert read_on(machine, 0).wait(timeout=60).status == 0
+    relay = machine.relay("vub0")
     rises: list[int] = []
     # A QEMU that has to wait for a processor takes both for one: then once more.
     while 2 not in rises and len(rises) < 20:
+        relay.double("call", 0)
+        relay.report()  # a relay that answers again has carried the last twin, however late
         before = machine.interrupts("vub0")["req.0"]
-        machine.relay("vub0").double("call", 0)
         assert read_on(machine, 0).wait(timeout=60).status == 0
         time.sleep(0.1)  # the twin comes later
         rises.append(machine.interrupts("vub0")["req.0"] - before)
@@ -115,7 +119,7 @@ def test_every_kick_and_call_of_a_read_is_counted(machine: LabMachine) -> None:
 
 def test_the_relay_goes_on_after_a_reboot_and_after_a_pause(boot_machine: BootMachine) -> None:
     machine = boot_machine(MachineSpec(devices=(VhostUserBlk(queues=2),)))
-    machine.guest.reboot()
+    machine.guest.reboot(timeout=180)
     assert read_on(machine, 0).wait(timeout=60).status == 0
     machine.qmp("stop")
     machine.qmp("cont")
@@ -158,10 +162,13 @@ class Ends:
                 *("--backend", str(folder / "backend"), "--control", str(self.control)),
             ]
         )
-        deadline = time.monotonic() + 10
-        while not self.control.is_socket():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(self._answers, "the relay answers")
+
+    def _answers(self) -> bool:
+        # Its socket is there a moment before it listens.
+        with contextlib.suppress(LabError):
+            return RelayControl(self.control).report() == []
+        return False
 
     def connect(self) -> tuple[socket.socket, socket.socket]:
         front = socket.socket(socket.AF_UNIX)
@@ -255,4 +262,4 @@ def test_the_relay_adds_less_than_a_millisecond(ends: Ends) -> None:
         os.eventfd_read(fds[0])
         took.append(time.monotonic() - before)
     # The median: other tests share the processors.
-    assert sorted(took)[100] < 0.001
+    assert sorted(took)[100] < within(0.001)
