@@ -119,7 +119,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ) as systemd,
     ):
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while not result.exists():
                 assert systemd.poll() is None, console.read_text()
                 assert time.monotonic() < deadline, console.read_text()
