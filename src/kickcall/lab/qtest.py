@@ -89,6 +89,11 @@ class Qtest:
         self._replies = self._socket.makefile("r")
         self._next_ram = self._zeroed_to = _FIRST_FREE_RAM
 
+    @property
+    def pid(self) -> int:
+        """QEMU's pid."""
+        return self._machine.pid
+
     def device(self, device: str) -> VirtioPciDriver:
         """Return a driver for a virtio device of the machine, by its id."""
         found = self._machine.device(device)

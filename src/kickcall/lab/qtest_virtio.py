@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from kickcall.errors import LabError
+from kickcall.host.eventfds import eventfds_of
 from kickcall.lab.qtest_pci import PciFunction, landed
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ RING_EVENT_IDX, VERSION_1, RING_PACKED = 29, 32, 34
 _DESC_NEXT, _DESC_WRITE = 1, 2
 _DESC_AVAIL, _DESC_USED = 1 << 7, 1 << 15
 
+_TAKEN_WITHIN = 5.0
+"""Seconds until a notifier that QEMU wrote at the start of a device counts as nobody's to read."""
 _LANDING_SIZE = 4 * 2048
 """Room for the most vectors that MSI-X has (PCI 3.0, 6.8.2)."""
 
@@ -237,8 +240,8 @@ class VirtioPciDriver:
         """Reset the device, agree on features, and set up its queues with a vector each.
 
         QEMU kicks every queue once by itself when a driver is ready (hw/virtio/virtio.c,
-        virtio_device_start_ioeventfd_impl); `settle` is how many seconds to leave to iothreads
-        and other processes to take that kick, so that it is not taken for ours.
+        virtio_device_start_ioeventfd_impl); this returns `settle` seconds after iothreads and
+        other processes took that kick, so that it is not taken for ours.
 
         `queues`: how many, from 0 on (None: all). `size`: entries (None: the device's largest).
         Raises LabError for a feature that the device does not offer.
@@ -269,10 +272,21 @@ class VirtioPciDriver:
         landing = self._qtest.allocate(_LANDING_SIZE, 4096)
         vectors = self._pci.enable_msix(self._bars, landing)
         self.queues = self._set_up_queues(count, size, packed, vectors, landing)
+        before = {state.eventfd_id for state in eventfds_of(self._qtest.pid).values()}
         self._set_status(_ACKNOWLEDGE | _DRIVER | _FEATURES_OK | _DRIVER_OK)
+        deadline = time.monotonic() + _TAKEN_WITHIN
+        while self._is_notified(before) and time.monotonic() < deadline:
+            time.sleep(0.001)
         time.sleep(settle)
         # A vhost-user back-end also calls at its start, needed or not.
         self._qtest.batch([f"memset {landing:#x} {_LANDING_SIZE:#x} 0"])
+
+    def _is_notified(self, before: set[int]) -> bool:
+        """Tell whether an eventfd that is none of those `before` waits to be read."""
+        return any(
+            state.count and state.eventfd_id not in before
+            for state in eventfds_of(self._qtest.pid).values()
+        )
 
     def _set_up_queues(
         self, count: int, size: int | None, packed: bool, vectors: int, landing: int
