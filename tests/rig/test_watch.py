@@ -26,6 +26,7 @@ from kickcall.lab.qtest_virtio import SplitQueue
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
 from kickcall.watch.journal import Journal
 from kickcall.watch.policy import Rules
+from kickcall.watch.settings import Settings
 from watcher import KICKCALL, PATIENCE_S, Watcher, disks
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from kickcall.lab.machine import LabMachine
     from kickcall.lab.qtest_virtio import VirtioPciDriver
+    from kickcall.watch.rows import InjectionRow
 
 pytestmark = pytest.mark.rig
 
@@ -61,9 +63,21 @@ def journal_of(tmp_path: Path) -> Journal:
     return Journal(tmp_path / "journal.db", reading=True)
 
 
+def written(tmp_path: Path) -> list[InjectionRow]:
+    """Return what was injected. One that was put down and refused (a slow disk) was not."""
+    return [row for row in journal_of(tmp_path).injections() if row.outcome != "refused"]
+
+
 def lose_a_kick(disk: VirtioPciDriver, queue: int) -> None:
-    """Publish a request, and do not kick."""
-    disk.queues[queue].publish_request()
+    """Publish a request, and do not kick.
+
+    Of its completion no call is wanted: the test may be late to take it, and what a driver does
+    not take looks like a lost call.
+    """
+    ring = disk.queues[queue]
+    assert isinstance(ring, SplitQueue)
+    ring.publish_request()
+    ring.set_used_event(ring.avail_idx)
 
 
 def completed(disk: VirtioPciDriver, queue: int) -> int:
@@ -93,25 +107,29 @@ def test_every_lost_kick_is_healed_and_no_healthy_queue_is_written_to(
     with disks(name) as (_, disk):
         watcher = watch(name, "--heal")
         watcher.wait_for("came")
-        took = []
+        took, late = [], set()
         for number in range(1, losses + 1):
             # Queue 0 is healthy: each of its requests is kicked, and completes by itself.
+            began = time.monotonic()
             disk.queues[0].publish_request()
             disk.queues[0].kick()
             reap(disk, 0, number)
+            if time.monotonic() - began >= Settings().limits.notification_s:
+                late.add(number)
             lose_a_kick(disk, 2)
             lost = time.monotonic()
             reap(disk, 2, number)
             took.append(time.monotonic() - lost)
             time.sleep(random.uniform(0.05, 0.3))
-        watcher.wait_for("helped", losses)
+        watcher.wait_for("helped", losses, queue=2)
         assert watcher.end() == 0
     print(f"lost to completed: median {statistics.median(took) * 1000:.0f} ms")
-    rows = journal_of(tmp_path).injections()
+    # Where the driver got no processor in time its queue was no healthy one.
+    rows = [row for row in written(tmp_path) if row.queue != 0 or row.avail_before not in late]
     assert [(row.queue, row.event, row.outcome, row.helped) for row in rows] == [
         (2, "kick", "ok", True)
     ] * losses
-    stalls = journal_of(tmp_path).stalls()
+    stalls = [one for one in journal_of(tmp_path).stalls() if one.queue != 0 or not late]
     assert [(one.queue, one.verdict) for one in stalls] == [(2, "lost-kick")] * losses
     assert all(one.ending == "healed by a kick" for one in stalls)
     assert {row.stall for row in rows} == {one.id for one in stalls}
@@ -135,7 +153,7 @@ def test_without_heal_and_in_a_dry_run_nothing_is_written(
         reap(disk, 1, 1)
         dry.wait_for("cleared")
         plain.wait_for("cleared")
-        assert dry.count("would-inject") == 1
+        assert [one["event"] for one in dry.said if one["what"] == "would-inject"] == ["kick"]
     assert journal_of(tmp_path).injections() == []
 
 
@@ -153,11 +171,12 @@ def test_healing_that_does_not_help_stops_and_says_so(
         alert = watcher.wait_for("alert")
         assert "3 injections in a row did not help" in alert["text"]
         time.sleep(1.0)
-    rows = journal_of(tmp_path).injections()
+    rows = written(tmp_path)
     assert [(row.event, row.helped) for row in rows] == [("call", False)] * 3
-    first, second, third = (row.at for row in rows)
-    assert second - first >= Rules().back_off_s
-    assert third - second >= 2 * Rules().back_off_s
+    # From the look that it was decided by: between that and the write there may be a pause.
+    first, second = (row.evidence[0]["at"] for row in rows[:2])
+    assert rows[1].at - first >= Rules().back_off_s
+    assert rows[2].at - second >= 2 * Rules().back_off_s
 
 
 def test_two_watchers_do_not_heal_one_machine(
@@ -171,14 +190,14 @@ def test_two_watchers_do_not_heal_one_machine(
         for number in range(1, 4):
             lose_a_kick(disk, 1)
             reap(disk, 1, number)
-        healers = {row.by_pid for row in journal_of(tmp_path).injections()}
+        healers = {row.by_pid for row in written(tmp_path)}
         assert len(healers) == 1
         # When the one that heals dies, the other takes over.
         (healer,) = healers
         os.kill(healer, signal.SIGKILL)
         lose_a_kick(disk, 1)
         reap(disk, 1, 4)
-        rows = journal_of(tmp_path).injections()
+        rows = written(tmp_path)
         assert len(rows) == 4
         assert rows[-1].by_pid in {one.process.pid for one in watchers} - healers
 
@@ -265,7 +284,7 @@ def test_without_a_journal_nothing_is_healed(
         watcher.wait_for("helped")
         # Its last rows are written as it ends.
         assert watcher.end() == 0
-    rows = [row for row in journal_of(tmp_path).injections() if row.outcome != "refused"]
+    rows = written(tmp_path)
     assert [(row.outcome, row.helped) for row in rows] == [("ok", True)]
 
 
@@ -275,7 +294,8 @@ def test_a_kick_by_hand_is_journaled_and_made_even_where_it_cannot_be(
     name = name_of(request)
     kick = [str(KICKCALL), "kick", name, "blk0", "--queue", "1"]
     with disks(name) as (_, disk):
-        for number, journal in enumerate([tmp_path / "journal.db", Path("/proc/no/journal.db")], 1):
+
+        def kicked(number: int, journal: Path) -> str:
             lose_a_kick(disk, 1)
             done = subprocess.run(
                 kick,
@@ -285,9 +305,18 @@ def test_a_kick_by_hand_is_journaled_and_made_even_where_it_cannot_be(
                 check=True,
             )
             reap(disk, 1, number)
-            assert done.stderr.count("\n") == number - 1, done.stderr
-    assert "not journaled" in done.stderr
-    (row,) = journal_of(tmp_path).injections()
+            return done.stderr
+
+        # A busy host may not run the device in the 0.1 s that a kick by hand is watched.
+        for number in range(1, 6):
+            assert kicked(number, tmp_path / "journal.db") == ""
+            row = journal_of(tmp_path).injections()[-1]
+            if row.used_after != row.used_before:
+                break
+        said = kicked(number + 1, Path("/proc/no/journal.db"))
+    assert said.count("\n") == 1, said
+    assert "not journaled" in said
+    assert len(journal_of(tmp_path).injections()) == number
     assert (row.machine, row.queue, row.event, row.outcome) == (name, 1, "kick", "ok")
     assert (row.by_command, row.by_uid, row.stall) == ("kickcall kick", os.geteuid(), None)
     assert row.used_after == (row.used_before or 0) + 1
@@ -343,7 +372,7 @@ def test_a_watcher_that_is_killed_loses_nothing_and_repeats_nothing(
         assert last.end() == 0
     with sqlite3.connect(tmp_path / "journal.db") as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    rows = [row for row in journal_of(tmp_path).injections() if row.outcome != "refused"]
+    rows = written(tmp_path)
     tattled = said.read_text().split("\n")
     print(f"{KILLS} kills, {len(rows)} injections, {number} lost")
     assert KILLS < 100 or len(rows) > KILLS / 4
@@ -351,9 +380,9 @@ def test_a_watcher_that_is_killed_loses_nothing_and_repeats_nothing(
     # and not carried out.
     assert tattled.count("about to") <= len(rows) - 1 <= tattled.count("about to") + KILLS + 1
     # What one stall got more than one injection for was not known to be healed, and waited.
-    by_request: dict[int | None, list[float]] = {}
+    by_request: dict[tuple[str, int | None], list[float]] = {}
     for row in rows:
-        by_request.setdefault(row.used_before, []).append(row.at)
+        by_request.setdefault((row.event, row.used_before), []).append(row.at)
     for times in by_request.values():
         for first, second in itertools.pairwise(times):
             assert second - first >= Rules().back_off_s
