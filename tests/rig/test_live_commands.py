@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from small_qemu import small_qemu
+from witness import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.rig
 
 KICKCALL = Path(sys.executable).with_name("kickcall")
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 NAME = f"shown-{os.getpid()}"
 
 
@@ -97,7 +98,8 @@ def test_top_gives_the_terminal_back_as_it_was(end: Callable[[Terminal], object]
         end(terminal)
         assert terminal.process.wait(PATIENCE_S) == 0
         assert termios.tcgetattr(terminal.theirs) == terminal.before
-        assert b"\x1b[?1049l" in terminal.seen  # the screen that was there before
+        # The screen that was there before.
+        until(lambda: b"\x1b[?1049l" in terminal.seen, "all that it wrote is read")
         assert b"Traceback" not in terminal.seen
     finally:
         terminal.close()
