@@ -17,7 +17,6 @@ import socket
 import sqlite3
 import subprocess
 import threading
-import time
 import urllib.request
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,10 +29,13 @@ from kickcall.lab.spec import MachineSpec, VirtioBlk
 from kickcall.watch.policy import Rules
 from markdown_pages import ROOT
 from watcher import PATIENCE_S, Watcher, disks
+from witness import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from kickcall.lab.machine import LabMachine
 
 pytestmark = pytest.mark.rig
 
@@ -56,6 +58,8 @@ class Recording:
     """The last, as it came."""
     phases: dict[str, int] = field(default_factory=dict)
     """The last scrape of each phase."""
+    rests: bool = False
+    """Nothing is scraped for a while: what takes its time then takes none in the recording."""
 
     def scrape(self, url: str) -> None:
         with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
@@ -105,7 +109,8 @@ def scraping(url: str, recording: Recording) -> Iterator[Callable[[str], None]]:
 
     def scrape() -> None:
         while not stopping.wait(SCRAPED_EVERY_S):
-            recording.scrape(url)
+            if not recording.rests:
+                recording.scrape(url)
 
     thread = threading.Thread(target=scrape)
     thread.start()
@@ -120,6 +125,26 @@ def scraping(url: str, recording: Recording) -> Iterator[Callable[[str], None]]:
         thread.join()
 
 
+def scraped(recording: Recording, more: int) -> None:
+    """Return after so many more scrapes, of which the first may have begun before."""
+    wanted = len(recording.scrapes) + more
+    until(lambda: len(recording.scrapes) >= wanted, f"{more} more scrapes", PATIENCE_S)
+
+
+def journal_is_down(url: str) -> bool:
+    now = Recording()
+    now.scrape(url)
+    return not now.last("kickcall_journal_up")
+
+
+@contextlib.contextmanager
+def held_monitor(machine: LabMachine) -> Iterator[None]:
+    """Hold a machine's monitor, before anybody else may have asked it."""
+    with socket.socket(socket.AF_UNIX) as holder:
+        holder.connect(str(machine.qmp_path))
+        yield
+
+
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """A watcher's run, recorded."""
@@ -130,37 +155,39 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     held = MachineSpec(name=f"{name}-held", devices=(VirtioBlk(),), lab_monitor=False)
     with (
         boot_without_guest(held) as other,
-        socket.socket(socket.AF_UNIX) as holder,
+        held_monitor(other),
         disks(name) as (_, disk),
         contextlib.closing(
             Watcher(name, f"{name}-held", "--heal", "--metrics", "0", "--journal", str(journal))
         ) as watcher,
     ):
-        holder.connect(str(other.qmp_path))
         url = watcher.wait_for("metrics")["url"]
         watcher.wait_for("came", machine=name)
         watcher.wait_for("not-watched", machine=f"{name}-held")
         with scraping(url, recorded) as ended:
-            time.sleep(10 * SCRAPED_EVERY_S)
+            scraped(recorded, 10)
             ended("all is well")
             disk.queues[0].publish_request()
-            watcher.wait_for("helped")
             disk.queues[0].set_used_event(1)  # type: ignore[union-attr]
-            time.sleep(6 * SCRAPED_EVERY_S)
+            watcher.wait_for("helped")
+            scraped(recorded, 6)
             ended("healed")
             # The work is done and nobody reaps it, call or no call.
             disk.queues[1].publish_request()
             disk.queues[1].kick()
             watcher.wait_for("refuted", Rules().queue.refuted)
-            time.sleep(8 * SCRAPED_EVERY_S)
+            scraped(recorded, 3)
             ended("refuted")
             with sqlite3.connect(journal, isolation_level=None) as other_writer:
                 other_writer.execute("BEGIN IMMEDIATE")
                 disk.queues[2].publish_request()
                 watcher.wait_for("alert", device="/machine/peripheral/blk0", queue=1)
-                while recorded.last("kickcall_journal_up"):
-                    time.sleep(SCRAPED_EVERY_S)
-                time.sleep(6 * SCRAPED_EVERY_S)
+                # What did not help must still be among the last 10 min when this phase ends.
+                recorded.rests = True
+                until(lambda: journal_is_down(url), "the journal is given up", PATIENCE_S)
+                recorded.rests = False
+                # MachineNotWatched fires after 10 min, however few scrapes a busy host made so far.
+                scraped(recorded, max(6, 42 - len(recorded.scrapes)))
                 ended("no journal")
                 other_writer.execute("ROLLBACK")
             other_writer.close()
