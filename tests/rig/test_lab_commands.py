@@ -91,9 +91,13 @@ def test_break_hangs_a_read_that_console_still_answers_beside(up: dict[str, Any]
     with pytest.raises(LabError, match="still running in the guest after 1 s: dd"):
         lab("console", NAME, "--timeout=1", "--", read)
     assert lab("console", NAME, "--", "echo here").stdout == "here\n"
-    rows = json.loads(lab("break", NAME, "vub0", "--json").stdout)
-    (kicks,) = (row for row in rows if (row["queue"], row["event"]) == (0, "kick"))
-    assert (kicks["dropped"], kicks["pending"]) == (1, 0)
+
+    def is_lost() -> bool:
+        rows = json.loads(lab("break", NAME, "vub0", "--json").stdout)
+        (kicks,) = (row for row in rows if (row["queue"], row["event"]) == (0, "kick"))
+        return (kicks["dropped"], kicks["pending"]) == (1, 0)
+
+    until(is_lost, "the guest kicks, and the relay loses it")
     assert "dropped" in lab("break", NAME, "vub0").stdout
 
 
