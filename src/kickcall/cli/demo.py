@@ -72,9 +72,11 @@ def _lose_and_repair(machine: LabMachine, listen: Path, event: DeviceEvent) -> b
     """Lose one notification on the way between QEMU and the back-end, and raise it again."""
     sides = "QEMU to the back-end" if event is DeviceEvent.KICK else "the back-end to QEMU"
     _say(f"The next {event} from {sides} is lost, and the guest reads again:")
-    machine.relay(_DEVICE).drop(event, queue=0)
+    relay = machine.relay(_DEVICE)
+    before = relay.carried(event, 0).dropped
+    relay.drop(event, queue=0)
     reader = _read(machine)
-    machine.relay(_DEVICE).wait_for(event, 0, dropped=1)
+    relay.wait_for(event, 0, dropped=before + 1)
     time.sleep(_HANG_S)
     if reader.done:
         raise LabError(f"the {event} was dropped and the read did not hang: this shows nothing")
