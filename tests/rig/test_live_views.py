@@ -24,6 +24,7 @@ from kickcall.watch.feed import Feed
 from kickcall.watch.journal import Journal
 from pictures import WRITING, chromium, keep_page, keep_terminal
 from small_qemu import small_qemu
+from witness import within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +74,12 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def feed(machine: LabMachine, hostile: str, journal: Path) -> Iterator[Feed]:
-    with Feed([machine.name, hostile], "kickcall serve", journal) as running:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Feed([machine.name, hostile], "kickcall serve", journal) as running,
+    ):
+        # The relay and its back-end may have to wait for a processor before the queue moves.
+        patch.setattr("kickcall.watch.feed._INJECTED_S", within(0.4))
         wait_until(lambda: any(one.queues for one in running.machines))
         yield running
 
@@ -133,10 +139,11 @@ def test_the_page_shows_the_break_at_once_and_repairs_it(
             page.wait_for_selector(".queue.stalled")
             took.append(time.monotonic() - lost)
             assert "lost-kick on hop 3" in page.inner_text(".queue.stalled .verdict")
-            if took[-1] < 1.0 or len(took) == 3:
+            if took[-1] < 1.0 or len(took) == 10:
                 break
             machine_kick(feed, machine)
             reading.wait(timeout=PATIENCE_S)
+            page.wait_for_selector(".queue.stalled", state="detached")
         assert min(took) < 1.0, took
         keep_page(page, "page-machine")
         page.click(".queue.stalled")
