@@ -158,19 +158,23 @@ def _wait_or_reset(machine: LabMachine, timeout: float, tell: Tell) -> None:
         if not (machine.alive and machine.spec.lab_monitor):
             raise
         tell(f"the guest of {machine.name} does not come up: resetting it")
+        before = _times_ready(machine)
         machine.qmp("system_reset")
-        wait_for_guest(machine, timeout)
+        wait_for_guest(machine, timeout, before)
 
 
-def wait_for_guest(machine: LabMachine, timeout: float = 60.0) -> None:
-    """Return when the guest of a machine that was just booted takes commands."""
-    console = machine.folder / "console.log"
+def wait_for_guest(machine: LabMachine, timeout: float = 60.0, before: int = 0) -> None:
+    """Return when the guest of a machine that was just booted takes commands.
 
-    def agent_is_ready() -> bool:
-        return console.exists() and b"lab: agent ready" in console.read_bytes()
-
-    _wait(machine, agent_is_ready, "qemu", timeout)
+    `before` is how often its agent had been ready before that.
+    """
+    _wait(machine, lambda: _times_ready(machine) > before, "qemu", timeout)
     machine.guest.boot_id()
+
+
+def _times_ready(machine: LabMachine) -> int:
+    console = machine.folder / "console.log"
+    return console.read_bytes().count(b"lab: agent ready") if console.exists() else 0
 
 
 def _start(machine: LabMachine, what: str, command: list[str]) -> None:
