@@ -9,6 +9,7 @@ One JSON line each way, one connection each:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -90,16 +91,25 @@ class RelayControl:
         self._ask({**request, "count": count, "seconds": seconds})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        deadline = time.monotonic() + self._timeout
         try:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(self._timeout)
-                connection.connect(str(self._path))
-                with connection.makefile("rw") as lines:
-                    lines.write(json.dumps(request) + "\n")
-                    lines.flush()
-                    answer: dict[str, Any] = json.loads(lines.readline())
+            # The relay hangs up on who does not get to ask at once, and has done nothing then.
+            while not (line := self._asked(request)) and time.monotonic() < deadline:
+                pass
+            answer: dict[str, Any] = json.loads(line)
         except (OSError, ValueError) as error:
             raise LabError(f"the relay at {self._path} does not answer: {error}") from error
         if "error" in answer:
             raise LabError(f"the relay refused: {answer['error']}")
         return answer
+
+    def _asked(self, request: dict[str, Any]) -> str:
+        """Return the relay's answer; nothing where it hung up before it had read the request."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(self._timeout)
+            connection.connect(str(self._path))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(json.dumps(request).encode() + b"\n")
+                with connection.makefile("r") as lines:
+                    return lines.readline()
+        return ""
