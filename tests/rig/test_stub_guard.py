@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -19,7 +20,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kickcall.attached import attach
-from kickcall.errors import QueueNotReadyError, StaleMapError, StubBusyError, StubError
+from kickcall.errors import (
+    KickcallError,
+    QueueNotReadyError,
+    StaleMapError,
+    StubBusyError,
+    StubError,
+)
 from kickcall.lab.qtest import Qtest, boot_without_guest
 from kickcall.lab.spec import MachineSpec, VirtioBlk
 from kickcall.vmm.gdbstub import Stub
@@ -89,13 +96,27 @@ def folders(machine: LabMachine, kickcall: int | None = None) -> list[Path]:
     return list(Path(f"/proc/{machine.pid}/root/tmp").glob(f"{FOLDER}{pid}-*"))
 
 
+LATE = "cut short|did not answer|does not answer|no answer: another client"
+"""What is said where QEMU got no processor in the 0.4 s that a pause may last at the most."""
+
+
+def write(session: VmmSession, what: RegisterWrite = WRITE, tries: int = 5) -> float:
+    """Write; anew where QEMU was late."""
+    try:
+        return write_paused(session, what)
+    except KickcallError as exc:
+        if tries == 1 or not re.search(LATE, str(exc)):
+            raise
+    return write(session, what, tries - 1)
+
+
 # What it does
 
 
 def test_a_register_is_written_and_the_machine_runs_on(
     machine: LabMachine, session: VmmSession, qtest: Qtest
 ) -> None:
-    paused_ms = [write_paused(session, WRITE) for _ in range(5)]
+    paused_ms = [write(session) for _ in range(5)]
     assert qtest.read(AT, 4) == WRITE.data
     assert is_as_before(machine)
     assert folders(machine) == []
@@ -109,10 +130,10 @@ def test_nothing_is_written_where_something_else_stands_than_expected(
     right = Check(AT + 16, 0xFFFF, 0x0201)
     wrong = Check(AT + 16, 0xFFFFFFFF, 0x04030200)
     with pytest.raises(StaleMapError, match="what stands at 0x200010 changed; nothing was written"):
-        write_paused(session, RegisterWrite(AT, WRITE.data, (right, wrong)))
+        write(session, RegisterWrite(AT, WRITE.data, (right, wrong)))
     assert qtest.read(AT, 4) == bytes(4)
     assert is_as_before(machine)
-    write_paused(session, RegisterWrite(AT, WRITE.data, (right,)))
+    write(session, RegisterWrite(AT, WRITE.data, (right,)))
     assert qtest.read(AT, 4) == WRITE.data
 
 
@@ -121,7 +142,7 @@ def test_nothing_is_written_where_the_device_has_other_registers(
 ) -> None:
     moved = RegisterWrite(AT, WRITE.data, (), {"qdev_id": "blk0", "regions": []})
     with pytest.raises(StaleMapError, match="registers were moved"):
-        write_paused(session, moved)
+        write(session, moved)
     assert qtest.read(AT, 4) == bytes(4)
     assert is_as_before(machine)
 
@@ -236,7 +257,7 @@ def signalled(
         began = time.monotonic()
         until(lambda: is_running(machine), "the machine runs", within(2.0))
         # Of a writer that hangs while the machine runs nobody is in a hurry to close the stub.
-        until(lambda: is_as_before(machine), "it has no stub", CLOSED_S)
+        until(lambda: is_as_before(machine), "it has no stub", within(CLOSED_S))
         took = time.monotonic() - began
     finally:
         if number == signal.SIGSTOP:
@@ -247,8 +268,8 @@ def signalled(
         if whom[0] == "kickcall" and number == signal.SIGKILL:
             os.waitpid(pid, 0)
         else:
-            until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, "kickcall ends", 15.0)
-    until(lambda: not set(guard_processes()) & ours, "the guard ends", 15.0)
+            until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, "kickcall ends", within(15.0))
+    until(lambda: not set(guard_processes()) & ours, "the guard ends", within(15.0))
     # A guard that had hardly begun when we looked is not among them.
     assert_nothing_is_left(machine, pid)
     return took
@@ -256,7 +277,7 @@ def signalled(
 
 def assert_nothing_is_left(machine: LabMachine, kickcall: int) -> None:
     """Of an injection the folder goes last."""
-    until(lambda: not folders(machine, kickcall), "the stub's folder goes", 15.0)
+    until(lambda: not folders(machine, kickcall), "the stub's folder goes", within(15.0))
     assert is_as_before(machine)
 
 
@@ -310,7 +331,7 @@ def test_a_killed_server_of_the_monitor_keeps_no_machine_paused(
                 pid = forked(attached._session)
                 time.sleep(chance.uniform(0, whole))
                 server.kill()
-                until(lambda: is_as_before(machine), "the machine runs and has no stub", 5.0)
+                until(lambda: is_as_before(machine), "the machine runs, with no stub", within(5.0))
                 os.waitpid(pid, 0)
         assert_nothing_is_left(machine, pid)
 
@@ -334,9 +355,10 @@ def test_what_was_cut_short_is_told(machine: LabMachine, session: VmmSession) ->
         while time.monotonic() < deadline:
             try:
                 write_paused(session, WRITE)
-            except StubError as exc:
-                assert "killed" in str(exc)
-                break
+            except KickcallError as exc:
+                if isinstance(exc, StubError) and "killed" in str(exc):
+                    break
+                assert re.search(LATE, str(exc)), exc
         else:
             pytest.fail("the machine was never seen paused")
     finally:
