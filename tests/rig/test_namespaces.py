@@ -123,7 +123,11 @@ def test_a_lost_kick_in_a_container_is_diagnosed_and_repaired(
     queue = disk.queues[1]
     queue.publish_request()
     with attach(NAME) as attached:
-        (verdict,) = attached.diagnose("blk0", 1, duration_s=0.6)
+        for _ in range(3):
+            (verdict,) = attached.diagnose("blk0", 1, duration_s=0.6)
+            # A busy QEMU may greet too late to be asked which thread serves the queue.
+            if any(one.what == "run state" for one in verdict.evidence):
+                break
         assert verdict.verdict is VerdictKind.LOST_KICK
         assert verdict.event is DeviceEvent.KICK
         # What serves the queue was looked at: a thread of this process, asleep.
@@ -216,12 +220,13 @@ def test_a_machine_of_proxmox_is_found_by_its_number_and_its_monitor_is_shared(
         visitor.start()
         try:
             for _ in range(5):
+                had = visits[0]
                 with attach("100") as attached:
                     assert attached.info.pid == pid
+                until(lambda: visits[0] > had, "Proxmox is served again")  # noqa: B023
         finally:
             over.set()
             visitor.join(30)
-        assert visits[0] > 5
 
 
 def test_a_domain_of_a_libvirt_in_the_container_is_asked_through_it(
@@ -235,7 +240,7 @@ def test_a_domain_of_a_libvirt_in_the_container_is_asked_through_it(
     ):
         libvirt.virsh("create", str(domain.xml))
         domain.wait()
-        with attach("libvirt:default_vmi") as attached:
+        with attach("libvirt:default_vmi", timeout=10) as attached:
             assert os.readlink(f"/proc/{attached.info.pid}/ns/pid") != os.readlink(
                 "/proc/self/ns/pid"
             )
