@@ -37,7 +37,7 @@ def test_qemu_of_debian_13_boots_a_guest_in_its_own_root(boot_machine: BootMachi
     assert machine.qmp_path.resolve() == Path(f"{root}/lab/{machine.name}/qmp0")
     for device in ("blk0", "vub0"):
         read = f"dd if={machine.disk(device)} of=/dev/null bs=4k count=1 iflag=direct"
-        assert machine.guest.run(read, timeout=10).status == 0
+        assert machine.guest.run(read).status == 0
 
 
 @needs_root
