@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -23,8 +24,10 @@ from kickcall.lab.spec import (
     VirtioScsi,
 )
 from kickcall.model import BackendKind
+from witness import eventfd_counts
 
 if TYPE_CHECKING:
+    from kickcall.attached import AttachedMachine
     from kickcall.lab.machine import LabMachine
 
 KVM_ZOO = MachineSpec(
@@ -119,6 +122,21 @@ def know_each_other(machine: LabMachine, device: str) -> None:
         fcntl.ioctl(any_socket, _SIOCSARP, request)
 
 
+def notifier_counts(attached: AttachedMachine) -> dict[int, int]:
+    """Return the count of every queue's notifiers, by descriptor.
+
+    QEMU has eventfds beside them, with which its threads wake each other at any time.
+    """
+    counts = eventfd_counts(attached.info.pid)
+    return {
+        notifier.fd: counts[notifier.fd]
+        for device in attached.devices()
+        for queue in device.queues()
+        for notifier in (queue.map.kick, queue.map.call)
+        if notifier is not None
+    }
+
+
 def kick_handler(device: str, queue: int) -> str:
     """Return the function of vhost that runs when a queue is kicked, as MODULE:FUNCTION."""
     match device:
@@ -175,18 +193,25 @@ class HandlerHits:
             os.close(events)
 
 
-def knock(machine: LabMachine, device: str = "vsock0", timeout: float = 10.0) -> None:
+def knock(machine: LabMachine, device: str = "vsock0", timeout: float = 60.0) -> None:
     """Send the guest one vsock packet and wait for its answer.
 
     Nobody listens there, so the guest's kernel says no: one packet each way, and no program.
     """
-    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as one:
-        one.settimeout(timeout)
-        try:
-            one.connect((machine.guest_cid(device), 1))
-        except OSError as error:
-            if error.errno != errno.ECONNRESET:
-                raise
+    deadline = time.monotonic() + timeout
+    while True:
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as one:
+            one.settimeout(timeout)
+            try:
+                one.connect((machine.guest_cid(device), 1))
+                return
+            except OSError as error:
+                if error.errno == errno.ECONNRESET:
+                    return
+                # The kernel waits 2 s for the answer (net/vmw_vsock/af_vsock.c): a busy host's
+                # guest may take longer.
+                if error.errno != errno.ETIMEDOUT or time.monotonic() > deadline:
+                    raise
 
 
 class Knocking:

@@ -46,5 +46,5 @@ def kvm_zoo(guest_image_built: GuestImage) -> Iterator[LabMachine]:
 
 @pytest.fixture
 def attached(kvm_zoo: LabMachine) -> Iterator[AttachedMachine]:
-    with attach(kvm_zoo.name) as machine:
+    with attach(kvm_zoo.name, timeout=60.0) as machine:
         yield machine

@@ -245,7 +245,7 @@ def test_a_map_that_is_not_the_kernels_is_found_out(
 def test_the_map_stays_the_kernels_over_reboots_and_resets(
     kernel: Kernel, rebooting: LabMachine
 ) -> None:
-    with attach(rebooting.name) as machine:
+    with attach(rebooting.name, timeout=60.0) as machine:
         for _ in range(ROUNDS):
             rebooting.guest.reboot(timeout=300)
             machine.refresh()

@@ -13,6 +13,7 @@ import pytest
 from kickcall.errors import LabError
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import MachineSpec, VhostNet, VhostScsi, VirtioBlk
+from witness import until
 
 if TYPE_CHECKING:
     from kickcall.lab.image import GuestImage
@@ -61,7 +62,7 @@ def test_a_target_and_a_tap_are_there_as_long_as_their_machine(
         other.close()
         assert len(targets() - before) == 2
     assert targets() == before
-    assert not Path(f"/sys/class/net/{net.tap}").exists()
+    until(lambda: not Path(f"/sys/class/net/{net.tap}").exists(), "the tap goes")
 
 
 def test_what_a_crash_of_the_owner_leaves_goes_with_the_next_boot(

@@ -20,7 +20,10 @@ def test_a_machine_without_pci_is_kicked_and_called_by_its_notifiers() -> None:
     spec = MachineSpec(
         board="microvm", devices=devices, monitors=2, kernel_arguments="ipv6.disable=1"
     )
-    with boot(spec, timeout=BOOT_TIMEOUT) as machine, attach(machine.name) as attached:
+    with (
+        boot(spec, timeout=BOOT_TIMEOUT) as machine,
+        attach(machine.name, timeout=60.0) as attached,
+    ):
         watch_queues(machine)
         queue = attached.device("blk0").queue(1)
         with NotifyTrace(machine) as trace:
