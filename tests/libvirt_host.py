@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kickcall.lab.board import BOARDS
 from kickcall.lab.guest import Guest
 from kickcall.lab.relay_control import RelayControl
 from witness import until
@@ -91,7 +92,7 @@ class Libvirt:
             assert self.process.poll() is None, (self.folder / "daemon.log").read_text()
             return self.virsh("list", check=False).returncode == 0
 
-        until(answers, f"libvirtd {self.name} answers")
+        until(answers, f"libvirtd {self.name} answers", 120)
 
     def stop(self) -> None:
         """End the daemon. Its domains go on."""
@@ -141,7 +142,9 @@ def libvirtd(folder: Path, name: str, *, contained: bool = False) -> Iterator[Li
         (folder / ours).mkdir()
     for known in _caches:
         if known.is_dir():
-            shutil.copytree(known, folder / "cache", dirs_exist_ok=True)
+            # Another that still runs may be writing there.
+            unfinished = shutil.ignore_patterns("*.new")
+            shutil.copytree(known, folder / "cache", ignore=unfinished, dirs_exist_ok=True)
     _caches[:] = [folder / "cache"]
     for file in _FILES:
         (folder / file).write_text(Path("/etc", file).read_text())
@@ -208,7 +211,7 @@ _XML = """
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>{image.kernel}</kernel>
     <initrd>{image.initramfs}</initrd>
-    <cmdline>console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check lab.agent=ttyS1</cmdline>
+    <cmdline>{words} quiet panic=-1 tsc=reliable</cmdline>
   </os>
   <features><acpi/></features>
   <cpu mode='maximum'/>
@@ -254,6 +257,7 @@ def guest_domain(
     text = _XML.format(
         name=name,
         memory=192,
+        words=BOARDS["q35"].kernel_words(kvm=False),
         image=image,
         qemu=QEMU,
         folder=folder,
