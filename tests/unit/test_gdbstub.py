@@ -81,7 +81,7 @@ def test_an_answer_is_told_from_what_the_stub_says_unasked(
 ) -> None:
     # QEMU 7.2 says so of the pause before it answers the first command.
     path = serve(lambda body: b"$T02thread:01;#04+" + packet(b"OK"))
-    with Stub(path, 1.0) as stub:
+    with Stub(path, 20.0) as stub:
         stub.physical(True)
         stub.write(0xFEE00000, b"\x21\x40\x00\x00")
 
@@ -90,7 +90,7 @@ def test_memory_is_read_in_the_length_that_was_asked_for(
     serve: Callable[[Callable[[bytes], bytes | None]], str],
 ) -> None:
     path = serve(lambda body: packet(b"0c10e0fe" if body.endswith(b",4") else b"E14"))
-    with Stub(path, 1.0) as stub:
+    with Stub(path, 20.0) as stub:
         assert stub.read(0x1000, 4) == b"\x0c\x10\xe0\xfe"
         with pytest.raises(StubError, match="cannot read 8 bytes at 0x1000"):
             stub.read(0x1000, 8)

@@ -88,20 +88,22 @@ def test_a_refusal_is_an_error(play: Any) -> None:
 
 
 def test_silence_is_an_error_in_time(play: Any) -> None:
-    with GuardMonitor(play().path, 0.3) as monitor, pytest.raises(MonitorBusyError):
-        monitor.execute("silence")
+    with GuardMonitor(play().path, 20.0) as monitor:
+        monitor.extend(0.3)
+        with pytest.raises(MonitorBusyError):
+            monitor.execute("silence")
     with pytest.raises(MonitorBusyError):
         GuardMonitor(play(b"").path, 0.1)
 
 
 def test_what_speaks_no_qmp_is_an_error(play: Any) -> None:
     with pytest.raises(MonitorError, match="no QMP"):
-        GuardMonitor(play(b'{"hello": 1}\r\n').path, 1.0)
+        GuardMonitor(play(b'{"hello": 1}\r\n').path, 20.0)
 
 
 def test_the_first_monitor_that_is_there_is_taken(play: Any, tmp_path: Path) -> None:
     played = play()
-    with open_first([str(tmp_path / "gone"), played.path], 2.0) as monitor:
+    with open_first([str(tmp_path / "gone"), played.path], 20.0) as monitor:
         assert monitor.path == played.path
     with pytest.raises(MonitorGoneError, match="gone: nobody listens"):
         open_first([str(tmp_path / "gone")], 1.0)

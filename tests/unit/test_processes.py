@@ -82,7 +82,7 @@ def test_a_process_that_could_not_be_held_leaves_no_descriptor_open(
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(MachineGoneError):
         Process(child.pid)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before  # what others had may be closed meanwhile
 
 
 def test_closing_twice_closes_nothing_else(child: subprocess.Popen[bytes]) -> None:

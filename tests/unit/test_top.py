@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,18 @@ def shown(app: Top) -> list[str]:
     return ["".join(segment.text for segment in line) for line in lines]
 
 
+async def comes(app: Top, pilot: Pilot[Any], *words: str) -> str:
+    """Return what stands on the screen once all of `words` do: threads of the program's write it,
+    too."""
+    deadline = time.monotonic() + 30
+    while True:
+        text = "\n".join(shown(app))
+        if all(word in text for word in words):
+            return text
+        assert time.monotonic() < deadline, (words, text)
+        await pilot.pause(0.05)
+
+
 def drive(
     source: Recorded,
     steps: Callable[[Top, Pilot[Any]], Awaitable[None]],
@@ -37,6 +50,7 @@ def drive(
         app = Top(source, every_s=30.0)  # a drawing that never rests would keep the pilot waiting
         async with app.run_test(size=size) as pilot:
             await pilot.pause(0.1)
+            await comes(app, pilot, "kickcall top  ")
             await steps(app, pilot)
 
     asyncio.run(run())
@@ -62,14 +76,13 @@ def test_a_queue_opens_with_its_path_and_the_break() -> None:
 
     async def steps(app: Top, pilot: Pilot[Any]) -> None:
         await pilot.press("enter")
-        await pilot.pause(0.1)
-        text = "\n".join(shown(app))
+        text = await comes(app, pilot, "vm000 blk0 queue 1", "1 to fetch of 256")
         assert "vm000 blk0 queue 1: ✗ lost-kick on hop 3" in text
         assert text.count("broken here") == 1
         assert " 10 reaped" in text
         assert "1 to fetch of 256" in text
         await pilot.press("escape")
-        await pilot.pause(0.1)
+        await comes(app, pilot, "VERDICT")
         assert "VERDICT" in shown(app)[1]
 
     drive(source, steps)
@@ -84,22 +97,19 @@ def test_nothing_is_written_before_a_yes(key: str, event: DeviceEvent, opened: b
     async def steps(app: Top, pilot: Pilot[Any]) -> None:
         if opened:
             await pilot.press("enter")
+            await comes(app, pilot, "1 to fetch of 256")
         device = "/machine/peripheral/blk0"
+        question = f"{event.value.capitalize()} queue 1 of blk0 on vm000?"
         await pilot.press(key)
-        await pilot.pause(0.2)
-        text = "\n".join(shown(app))
-        assert f"{event.value.capitalize()} queue 1 of blk0 on vm000?" in text
-        assert "1 into eventfd 37 (fd 20 of process 1000)" in text
+        await comes(app, pilot, question, "1 into eventfd 37 (fd 20 of process 1000)")
         await pilot.press("n")
-        await pilot.pause(0.1)
+        await comes(app, pilot, "nothing was written")
         assert source.raised == [("vm000", device, 1, event, True)]
-        assert "nothing was written" in "\n".join(shown(app))
         await pilot.press(key)
-        await pilot.pause(0.2)
+        await comes(app, pilot, question)
         await pilot.press("y")
-        await pilot.pause(0.2)
+        await comes(app, pilot, "used.idx 11 to 12")
         assert source.raised[-1] == ("vm000", device, 1, event, False)
-        assert "used.idx 11 to 12" in "\n".join(shown(app))
 
     drive(source, steps)
 
@@ -110,8 +120,7 @@ def test_what_cannot_be_written_is_said() -> None:
 
     async def steps(app: Top, pilot: Pilot[Any]) -> None:
         await pilot.press("k")
-        await pilot.pause(0.2)
-        assert "nothing was written: the map is stale" in "\n".join(shown(app))
+        await comes(app, pilot, "nothing was written: the map is stale")
 
     drive(source, steps)
 
@@ -122,13 +131,13 @@ def test_a_filter_leaves_what_has_all_its_words() -> None:
 
     async def steps(app: Top, pilot: Pilot[Any]) -> None:
         await pilot.press("slash", *"lost vm003", "enter")
-        await pilot.pause(0.1)
+        await comes(app, pilot, "1 shown: lost vm003")
         lines = shown(app)
         assert "1 shown: lost vm003" in lines[0]
         assert "vm003" in lines[2]
         assert lines[3].strip() == ""
         await pilot.press("escape")
-        await pilot.pause(0.1)
+        await comes(app, pilot, "vm000")
         assert shown(app)[3].strip() != ""
 
     drive(source, steps)
@@ -141,10 +150,10 @@ def test_the_cursor_stays_on_its_queue_when_the_order_changes() -> None:
         await pilot.press("down", "down")
         source.recorded[2].stall(3, source.now)
         app.draw()
-        await pilot.pause()
+        await comes(app, pilot, "lost-kick")
         assert "vm002" in shown(app)[2]
         await pilot.press("k")
-        await pilot.pause(0.2)
+        await comes(app, pilot, "Kick queue 2 of blk0 on vm000?")
         assert source.raised[0][:3] == ("vm000", "/machine/peripheral/blk0", 2)
 
     drive(source, steps)
@@ -153,10 +162,7 @@ def test_the_cursor_stays_on_its_queue_when_the_order_changes() -> None:
 def test_help_names_every_key() -> None:
     async def steps(app: Top, pilot: Pilot[Any]) -> None:
         await pilot.press("question_mark")
-        await pilot.pause(0.1)
-        text = "\n".join(shown(app))
-        for word in ("Enter", "filter", "sort", "kick", "Esc", "quit"):
-            assert word in text
+        await comes(app, pilot, "Enter", "filter", "sort", "kick", "Esc", "quit")
 
     drive(Recorded(), steps)
 
