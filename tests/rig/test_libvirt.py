@@ -24,7 +24,7 @@ from kickcall.vmm.domains import addresses
 from kickcall.vmm.find import resolve
 from libvirt_host import guest_domain, libvirtd
 from opened_bundle import opened
-from watcher import KICKCALL, Watcher
+from watcher import KICKCALL, PATIENCE_S, Watcher
 from witness import until
 
 if TYPE_CHECKING:
@@ -136,9 +136,10 @@ def test_a_probe_confirms_what_was_lost_on_a_domain(domain: GuestDomain) -> None
 
 def test_a_ticket_can_be_made_of_a_stalled_domain(domain: GuestDomain, tmp_path: Path) -> None:
     bundle, page = tmp_path / "lv0.tar.gz", tmp_path / "lv0.html"
+    lost = domain.relay.carried("kick", 0).dropped
     domain.relay.drop("kick", queue=0, count=1)
     read = domain.guest.start(READ.format("vdb"))
-    domain.relay.wait_for("kick", 0, dropped=1)
+    domain.relay.wait_for("kick", 0, dropped=lost + 1)
     done = kickcall("bundle", "libvirt:lv0", "--out", str(bundle), "--json")
     assert done.returncode == 0, done.stderr
     found = opened(bundle, done.stdout)
@@ -246,7 +247,8 @@ def test_a_libvirt_that_hangs_is_waited_for_only_so_long(
 def test_libvirt_may_be_restarted_under_an_attached_domain(
     libvirt: Libvirt, domain: GuestDomain
 ) -> None:
-    with attach("libvirt:lv0") as machine:
+    # A libvirt that was just started may be at work on the domain for some seconds.
+    with attach("libvirt:lv0", timeout=30) as machine:
         libvirt.stop()
         with pytest.raises(MonitorGoneError, match="lv0: its monitor is libvirt's, and no libvirt"):
             machine.refresh()
@@ -278,7 +280,7 @@ def test_the_watcher_heals_a_domain_whose_monitor_is_libvirts(
     with watcher(folder, "libvirt:lv0", "--heal") as watch:
         watch.wait_for("came", machine="lv0")
         domain.relay.drop("kick", queue=0, count=1)
-        read = domain.guest.run(READ.format("vdb"), timeout=20)
+        read = domain.guest.run(READ.format("vdb"))
         assert read.status == 0
         healed = watch.wait_for("helped")
         assert (healed["device"].rpartition("/")[2], healed["queue"]) == (RELAYED, 0)
@@ -297,9 +299,11 @@ def test_a_domain_that_migrates_is_let_go_of_here_and_watched_there(
         libvirt.virsh("create", str(made.xml))
         first = libvirt.pid("lv1")
         watch.wait_for("came", machine="lv1", pid=first)
-        until(lambda: mapped(watch.process.pid), "the watcher maps the guest's memory")
-        memory = mapped(watch.process.pid)
         made.wait()
+        # Whether devices were set up is asked every 15 s at the least.
+        what = "the watcher maps the guest's memory"
+        until(lambda: mapped(watch.process.pid), what, PATIENCE_S)
+        memory = mapped(watch.process.pid)
         # Two ways to one libvirtd need one connection.
         ways = [addresses(resolve(name)[0]) for name in ("lv0", "lv1")]
         assert ways[0] == ways[1]
