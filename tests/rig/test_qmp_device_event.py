@@ -15,6 +15,7 @@ import pytest
 import kickcall
 from kickcall.lab.spec import MachineSpec, VirtioBlk
 from kickcall.vmm.served import served_monitor
+from witness import until, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -78,10 +79,7 @@ def test_a_call_raises_the_queues_interrupt_by_one(machine: LabMachine, served: 
     for queue in (0, 1):
         before = machine.interrupts("blk0")
         assert ask(served, event("call", queue)) == [{"return": {}, "id": queue}]
-        deadline = time.monotonic() + 5
-        name = f"req.{queue}"
-        while machine.interrupts("blk0")[name] == before[name] and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: machine.interrupts("blk0") != before, "the interrupt")  # noqa: B023
         after = machine.interrupts("blk0")
         assert {key: after[key] - before[key] for key in after if key != "config"} == {
             f"req.{queue}": 1,
@@ -117,7 +115,7 @@ def test_after_a_reboot_the_map_is_made_anew(machine: LabMachine, served: str) -
     machine.guest.reboot()
     before = machine.interrupts("blk0")["req.0"]
     assert ask(served, event("call", 0)) == [{"return": {}, "id": 0}]
-    time.sleep(0.3)
+    until(lambda: machine.interrupts("blk0")["req.0"] != before, "the interrupt")
     assert machine.interrupts("blk0")["req.0"] == before + 1
 
 
@@ -131,7 +129,7 @@ def test_a_device_that_was_plugged_in_later_is_found(machine: LabMachine, served
         {"execute": "device_add", "arguments": plug},
     )
     assert answers == [{"return": {}}, {"return": {}}]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while "return" not in (answer := ask(served, event("kick", 0, "hot"))[0]):
         assert time.monotonic() < deadline, answer
         time.sleep(0.2)
@@ -156,7 +154,7 @@ def test_an_event_takes_no_longer_than_a_few_milliseconds(machine: LabMachine, s
     ask(served, *(event("kick", 0) for _ in range(100)))
     each = (time.perf_counter() - start) / 100
     print(f"an event through the socket: {each * 1e6:.0f} µs")
-    assert each < 0.02
+    assert each < within(0.02)
 
 
 def test_the_machine_outlives_a_server_that_is_killed(machine: LabMachine, tmp_path: Path) -> None:
