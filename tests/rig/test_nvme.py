@@ -104,6 +104,7 @@ def test_a_call_is_the_interrupt_of_that_completion_queue(
 ) -> None:
     before = interrupts(machine)
     result = attached.pci_device(name).call(number, allow_pause=True)
+    until(lambda: interrupts(machine) != before, "the guest takes the interrupt")
     assert interrupts(machine) - before == Counter({f"{name}q{number}": 1})
     assert result.via is Via.MMIO
     assert is_as_before(machine)
