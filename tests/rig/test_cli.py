@@ -21,14 +21,17 @@ from witness import (
     eventfd_counts,
     interrupt_line,
     interrupts,
-    interrupts_after,
     io_until_told,
     own_io,
+    raised_by,
     rise,
+    undisturbed,
 )
 
 if TYPE_CHECKING:
+    from kickcall.attached import AttachedMachine
     from kickcall.lab.machine import LabMachine
+    from witness import Line
 
 pytestmark = pytest.mark.rig
 
@@ -135,17 +138,27 @@ def test_show_for_people(zoo: LabMachine) -> None:
         assert re.search(rf"^{device.id}  ", everything, re.MULTILINE)
 
 
-def test_show_tells_where_a_lost_kick_left_the_queue(zoo: LabMachine) -> None:
+def lost_and_kicked(zoo: LabMachine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Lose a kick, and kick; return what `show` said of the queue before, and what `kick` said."""
     command, relay = own_io(zoo, "vub0", cpu=0), zoo.relay("vub0")
     lost = relay.carried("kick", 0).dropped
     relay.drop("kick", queue=0)
     reader = zoo.guest.start(command)
     relay.wait_for("kick", 0, dropped=lost + 1)
     (device,) = told("show", zoo.name, "vub0")["devices"]
-    queue = device["queues"][0]
+    said = told("kick", zoo.name, "vub0", "--queue", "0")
+    assert reader.wait(timeout=60).status == 0
+    return device["queues"][0], said
+
+
+def test_show_tells_where_a_lost_kick_left_the_queue(zoo: LabMachine) -> None:
+    # A busy host may not run the back-end in the 0.1 s that a kick by hand is watched.
+    for _ in range(5):
+        queue, said = lost_and_kicked(zoo)
+        if said["after"]["used_idx"] != said["before"]["used_idx"]:
+            break
     assert (queue["avail_idx"] - queue["used_idx"]) % 65536 == queue["outstanding"] == 1
     assert queue["kick"]["count"] == 0
-    said = told("kick", zoo.name, "vub0", "--queue", "0")
     assert set(said) == {
         "machine",
         "device",
@@ -174,7 +187,6 @@ def test_show_tells_where_a_lost_kick_left_the_queue(zoo: LabMachine) -> None:
         "avail_idx": queue["avail_idx"],
         "used_idx": queue["avail_idx"],
     }
-    assert reader.wait(timeout=60).status == 0
 
 
 def test_eventfd_shows_who_holds_each_notifier(zoo: LabMachine) -> None:
@@ -207,22 +219,30 @@ def test_eventfd_shows_who_holds_each_notifier(zoo: LabMachine) -> None:
     assert table.count(f"qemu-storage-da[{zoo.backend_pid('direct0')}] fd ") == 4
 
 
-def test_call_for_people(zoo: LabMachine) -> None:
-    before = interrupts(zoo)
-    text = printed("call", zoo.name, "packed0", "-q", "1")
-    where = f"queue 1 of /machine/peripheral/packed0 on {zoo.name}"
-    assert text.startswith(f"called {where} via eventfd: eventfd ")
-    assert re.search(r"^  before  count 0  avail\.idx \S+  used\.idx \S+$", text, re.MULTILINE)
-    assert rise(before, interrupts_after(zoo, before)) == {interrupt_line(zoo, "packed0", 1): 1}
+def test_call_for_people(zoo: LabMachine, attached: AttachedMachine) -> None:
+    def called() -> None:
+        text = printed("call", zoo.name, "packed0", "-q", "1")
+        where = f"queue 1 of /machine/peripheral/packed0 on {zoo.name}"
+        assert text.startswith(f"called {where} via eventfd: eventfd ")
+        first = r"^  before  count 0  avail\.idx \S+  used\.idx \S+$"
+        assert re.search(first, text, re.MULTILINE)
+
+    assert raised_by(zoo, attached, called) == {interrupt_line(zoo, "packed0", 1): 1}
 
 
 @pytest.mark.parametrize("event", ["kick", "call"])
-def test_a_dry_run_says_what_it_would_do_and_does_nothing(zoo: LabMachine, event: str) -> None:
-    before, carried = interrupts(zoo), zoo.relay("vub0").report()
-    text = printed(event, zoo.name, "vub0", "-q", "0", "--dry-run")
-    assert text.startswith(f"would {event} queue 0 of /machine/peripheral/vub0")
-    assert told(event, zoo.name, "vub0", "-q", "0", "--dry-run")["dry_run"] is True
-    assert interrupts(zoo) == before
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(
+    zoo: LabMachine, attached: AttachedMachine, event: str
+) -> None:
+    def raised() -> dict[Line, int]:
+        before = interrupts(zoo)
+        text = printed(event, zoo.name, "vub0", "-q", "0", "--dry-run")
+        assert text.startswith(f"would {event} queue 0 of /machine/peripheral/vub0")
+        assert told(event, zoo.name, "vub0", "-q", "0", "--dry-run")["dry_run"] is True
+        return rise(before, interrupts(zoo))
+
+    carried = zoo.relay("vub0").report()
+    assert undisturbed(attached, raised) == {}
     assert zoo.relay("vub0").report() == carried
 
 

@@ -28,23 +28,26 @@ from witness import (
     eventfd_counts,
     interrupt_line,
     interrupts,
-    interrupts_after,
     never,
     own_io,
     process_state,
+    raised_by,
     rise,
+    undisturbed,
     until,
     virtio_device_address,
+    within,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from kickcall.attached import AttachedMachine
+    from kickcall.attached import AttachedMachine, AttachedQueue
     from kickcall.lab.guest import Command
     from kickcall.lab.machine import LabMachine
-    from kickcall.model import Notifier
+    from kickcall.model import Injection, Notifier
+    from witness import Line
 
 pytestmark = pytest.mark.rig
 
@@ -100,7 +103,7 @@ def test_a_kick_that_the_relay_lost_is_repaired(
     assert state.kick is not None
     assert state.kick.count == 0
 
-    result = queue.kick(watch_s=0.1)
+    result = queue.kick(watch_s=within(0.3))
 
     finishes(reader)
     assert (result.event, result.via, result.queue) == (DeviceEvent.KICK, Via.EVENTFD, number)
@@ -172,12 +175,17 @@ def test_an_io_port_kicks_a_transitional_device(
 ) -> None:
     address = virtio_device_address(zoo, name)
     for queue in attached.device(name).queues():
-        with NotifyTrace(zoo) as trace:
-            result = queue.kick(via="ioport")
-            until(trace.seen, f"QEMU looks at queue {queue.map.index} of {name}")
-            interrupts(zoo)
-            # QEMU tells it twice: of the doorbell, and of the notifier that it then signals.
-            assert set(trace.seen()) == {(address, queue.map.index)}
+
+        def kicked(queue: AttachedQueue = queue) -> tuple[Injection, set[tuple[str, int]]]:
+            with NotifyTrace(zoo) as trace:
+                result = queue.kick(via="ioport")
+                until(trace.seen, f"QEMU looks at queue {queue.map.index} of {name}")
+                interrupts(zoo)
+                return result, set(trace.seen())
+
+        result, looked_at = undisturbed(attached, kicked)
+        # QEMU tells it twice: of the doorbell, and of the notifier that it then signals.
+        assert looked_at == {(address, queue.map.index)}
         assert result.via is Via.IOPORT
         assert result.target.startswith("I/O port 0x")
 
@@ -217,10 +225,13 @@ def test_a_queue_without_notifiers_is_kicked_by_its_io_port(
 def test_a_queue_without_a_call_notifier_cannot_be_called(
     zoo: LabMachine, attached: AttachedMachine, name: str
 ) -> None:
-    before = interrupts(zoo)
-    with pytest.raises(EventNotSupportedError, match="no call notifier"):
-        attached.device(name).queue(0).call()
-    assert interrupts(zoo) == before
+    def raised() -> dict[Line, int]:
+        before = interrupts(zoo)
+        with pytest.raises(EventNotSupportedError, match="no call notifier"):
+            attached.device(name).queue(0).call()
+        return rise(before, interrupts(zoo))
+
+    assert undisturbed(attached, raised) == {}
 
 
 @pytest.mark.parametrize("event", list(DeviceEvent))
@@ -238,17 +249,22 @@ def test_qmp_raises_both_events_where_the_monitor_has_the_command(
     with serving(zoo, listen), attach(f"qmp:{listen}") as attached:
         queue = attached.device("scsi0").queue(3)
         address = virtio_device_address(zoo, "scsi0")
-        with NotifyTrace(zoo) as trace:
-            assert queue.kick(via="qmp").via is Via.QMP
-            until(trace.seen, "QEMU looks at a queue")
-            assert trace.seen() == [(address, 3)]
-        before = interrupts(zoo)
-        result = queue.call(via="qmp")
-        assert result.via is Via.QMP
-        assert queue.map.call is not None
-        assert result.eventfd_id == queue.map.call.eventfd_id
-        after = interrupts_after(zoo, before)
-        assert rise(before, after) == {interrupt_line(zoo, "scsi0", 3): 1}
+
+        def kicked() -> list[tuple[str, int]]:
+            with NotifyTrace(zoo) as trace:
+                assert queue.kick(via="qmp").via is Via.QMP
+                until(trace.seen, "QEMU looks at a queue")
+                return trace.seen()
+
+        assert undisturbed(attached, kicked) == [(address, 3)]
+
+        def called() -> None:
+            result = queue.call(via="qmp")
+            assert result.via is Via.QMP
+            assert queue.map.call is not None
+            assert result.eventfd_id == queue.map.call.eventfd_id
+
+        assert raised_by(zoo, attached, called) == {interrupt_line(zoo, "scsi0", 3): 1}
         # On its own account kickcall writes the notifier: that command would only come back here.
         assert queue.call().via is Via.EVENTFD
 
