@@ -92,6 +92,7 @@ def moved(attached: AttachedMachine, name: str, number: int) -> bool:
     return True
 
 
+@pytest.mark.timeout(900)
 def test_looking_many_times_disturbs_no_request(zoo: LabMachine) -> None:
     """A back-end whose ring was stopped would never complete another request."""
     log = zoo.folder / "vub0-relay.log"
