@@ -27,7 +27,7 @@ pytestmark = pytest.mark.rig
 DISKS = ("blk0", "iot0", "packed0", "scsi0", "scsipk0", "vub0", "direct0")
 
 
-def eventually(what: Callable[[], bool], timeout: float = 10.0) -> bool:
+def eventually(what: Callable[[], bool], timeout: float = 60.0) -> bool:
     deadline = time.monotonic() + timeout
     while not what():
         if time.monotonic() > deadline:
@@ -48,7 +48,7 @@ def test_a_read_of_a_disk_raises_an_interrupt_of_its_own_device_only(
     before = {name: mixed_machine.interrupts(name) for name in DISKS}
     # One sector somewhere else each time is never in the page cache: iflag=direct.
     status, output = mixed_machine.guest.run(
-        f"dd if={disk} of=/dev/null bs=4k count=4 iflag=direct", timeout=10
+        f"dd if={disk} of=/dev/null bs=4k count=4 iflag=direct"
     )
     assert status == 0, output
     changed = {name: grown(before[name], mixed_machine.interrupts(name)) for name in DISKS}
@@ -105,7 +105,7 @@ def test_each_interface_and_layout_is_what_the_driver_agreed_on(boot_machine: Bo
     assert list(machine.interrupts("both")) == ["config", "req.0", "req.1"]
     for disk in ("legacy", "both", "packed", "intx"):
         read = f"dd if={machine.disk(disk)} of=/dev/null bs=4k count=1 iflag=direct"
-        assert machine.guest.run(read, timeout=10).status == 0
+        assert machine.guest.run(read).status == 0
 
 
 def test_a_device_can_be_plugged_into_a_port_and_taken_out(boot_machine: BootMachine) -> None:
@@ -114,7 +114,7 @@ def test_a_device_can_be_plugged_into_a_port_and_taken_out(boot_machine: BootMac
     machine.qmp("device_add", driver="virtio-blk-pci", id="hp", bus="hot1", drive="d")
     disk = machine.disk("hot1")
     read = f"dd if={disk} of=/dev/null bs=4k count=1 iflag=direct"
-    assert machine.guest.run(read, timeout=10).status == 0
+    assert machine.guest.run(read).status == 0
     assert sum(machine.interrupts("hot1").values()) > 0
     machine.qmp("device_del", id="hp")
     assert eventually(lambda: machine.interrupts("hot1") == {})
@@ -196,9 +196,9 @@ def test_a_machine_dies_with_the_process_that_booted_it_even_by_sigkill(
     owner.kill()
     owner.communicate()
     assert eventually(lambda: not machine.alive)
-    # The next machine that is booted sweeps up what is left of it.
+    # The next machine that is booted sweeps up what is left of it; or another test's, as slowly.
     boot_machine(MachineSpec(), wait=False)
-    assert not machine.folder.exists()
+    assert eventually(lambda: not machine.folder.exists())
 
 
 def test_a_machine_that_outlives_its_process_stays_until_it_is_taken_down() -> None:
