@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import subprocess
 import sys
 import time
+from signal import SIGCONT, SIGSTOP
 from typing import TYPE_CHECKING
 
 import pytest
@@ -220,6 +222,29 @@ def test_a_front_end_that_comes_back_gets_a_back_end_again_and_counters_stay(end
         assert RelayControl(ends.control).carried("kick", 0).passed == expected
         front.close()
         assert back.recv(1) == b""
+
+
+def test_a_call_is_not_lost_while_qemu_names_another_eventfd_for_it(ends: Ends) -> None:
+    # QEMU starts a vhost-user-blk device, and then names the eventfds for its calls
+    # (hw/block/vhost-user-blk.c: vhost_user_blk_start): the guest may kick before that is read.
+    front, back = ends.connect()
+    first, second, kick = (os.eventfd(0) for _ in range(3))
+    carried = []
+    for request, notifier in ((13, first), (12, kick)):  # SET_VRING_CALL, SET_VRING_KICK
+        socket.send_fds(front, [message(request, bytes(8))], [notifier])
+        carried += socket.recv_fds(back, HEADER.size + 8, 1)[1]
+    ends.relay.send_signal(SIGSTOP)
+    for _ in range(3):
+        front.sendall(message(18, bytes(8)))  # SET_VRING_ENABLE
+    socket.send_fds(front, [message(13, bytes(8))], [second])
+    os.eventfd_write(kick, 1)
+    ends.relay.send_signal(SIGCONT)
+    call, kicked = carried
+    assert os.eventfd_read(kicked) == 1
+    # The back-end has read none of that yet.
+    os.eventfd_write(call, 1)
+    assert select.select([second], [], [], 30)[0]
+    assert not select.select([first], [], [], 0)[0]
 
 
 def test_a_queue_without_an_fd_is_passed_on_unchanged(ends: Ends) -> None:

@@ -113,6 +113,8 @@ class Relay:
         self._watch(back.fileno(), lambda: self._forward(back, front, from_front=False))
 
     def _forward(self, source: socket.socket, target: socket.socket, *, from_front: bool) -> None:
+        if not _readable(source):
+            return  # it was read before a kick
         fds: list[int] = []
         try:
             head, fds, _, _ = socket.recv_fds(source, HEADER.size, MOST_FDS, socket.MSG_WAITALL)
@@ -139,15 +141,22 @@ class Relay:
 
     def _replaced(self, message: SetNotifier, fds: list[int]) -> list[int]:
         """Return the descriptors to send in place of a notifier's, and start its pump."""
-        self._stop_pump(message.notification, message.queue)
-        if not message.has_fd or len(fds) != 1:
+        key = (message.notification, message.queue)
+        replaces = message.has_fd and len(fds) == 1
+        if replaces and message.notification is Notification.CALL and key in self._pumps:
+            # The back-end may call before it has read this: its way to call stays the same.
+            pump = self._pumps[key]
+            os.close(pump.target)
+            pump.target = fds[0]
+            return [os.dup(pump.source)]
+        self._stop_pump(*key)
+        if not replaces:
             return fds
         ours = os.eventfd(0, os.EFD_CLOEXEC)
         if message.notification is Notification.KICK:
             pump = _Pump(source=fds[0], target=ours)
         else:
             pump = _Pump(source=ours, target=fds[0])
-        key = (message.notification, message.queue)
         self._pumps[key] = pump
         self._watch(pump.source, lambda: self._notified(key, pump))
         return [os.dup(ours)]
@@ -165,9 +174,15 @@ class Relay:
     # Notifications
 
     def _notified(self, key: tuple[Notification, int], pump: _Pump) -> None:
+        # What QEMU said before the guest kicked comes first: it starts a queue, and then names the
+        # eventfd for its calls. A call through the one before would be lost, and a boot hang.
+        while key[0] is Notification.KICK and self._front is not None and _readable(self._front):
+            self._handlers[self._front.fileno()]()
+        if self._pumps.get(key) is not pump:
+            return
         # The eventfd is not ours to make non-blocking, and somebody else (kickcall, a debugger)
         # may have read it since epoll saw it: read only what is there.
-        if not select.select([pump.source], [], [], 0)[0]:
+        if not _readable(pump.source):
             return
         os.read(pump.source, 8)
         fate = self._plan.arrived(*key)
@@ -224,6 +239,10 @@ class Relay:
         # Before close(): epoll would go on watching an eventfd that another process holds open.
         if self._handlers.pop(fd, None):
             self._epoll.unregister(fd)
+
+
+def _readable(file: int | socket.socket) -> bool:
+    return bool(select.select([file], [], [], 0)[0])
 
 
 def _listening(path: str) -> socket.socket:
