@@ -14,6 +14,7 @@ import os
 import secrets
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,7 @@ def start_backends(machine: LabMachine, timeout: float) -> None:
             [daemon, *device.backend_arguments(str(machine.folder))],
         )
         # QEMU's daemon serves one client: connecting to see whether it is up would disturb it.
-        _wait(machine, backend.is_socket, f"{device.id}-backend", timeout)
+        _wait(machine, partial(_listens, backend), f"{device.id}-backend", timeout)
         if device.relay:
             control = machine.folder / f"{device.id}.control"
             listen = machine.folder / f"{device.id}.relay"
@@ -131,6 +132,14 @@ def start_backends(machine: LabMachine, timeout: float) -> None:
             command += ["--control", str(control)]
             _start(machine, f"{device.id}-relay", command)
             _wait(machine, control.is_socket, f"{device.id}-relay", timeout)
+
+
+def _listens(path: Path) -> bool:
+    """Tell whether somebody listens at a socket, which is there a moment before that."""
+    # /proc/net/unix: the flag is __SO_ACCEPTCON (Linux, net/unix/af_unix.c: unix_seq_show).
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    listed = (line.split(maxsplit=7) for line in lines)
+    return any(words[3] == "00010000" and words[-1] == str(path) for words in listed)
 
 
 def start_qemu(machine: LabMachine, qemu: Qemu, arguments: list[str], timeout: float) -> None:
