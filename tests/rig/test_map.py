@@ -25,10 +25,10 @@ from witness import (
     eventfd_counts,
     interrupt_line,
     interrupts,
-    interrupts_after,
     own_io,
     process_state,
-    rise,
+    raised_by,
+    undisturbed,
     until,
     virtio_device_address,
     watch_queues,
@@ -38,7 +38,7 @@ from zoo import QEMUS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kickcall.attached import AttachedMachine
+    from kickcall.attached import AttachedMachine, AttachedQueue
     from kickcall.lab.machine import LabMachine
     from kickcall.model import Notifier
 
@@ -100,12 +100,9 @@ def test_no_two_queues_share_a_notifier(attached: AttachedMachine) -> None:
 def test_each_call_notifier_raises_its_queues_interrupt_once_and_no_other(
     zoo: LabMachine, attached: AttachedMachine, name: str
 ) -> None:
-    before = interrupts(zoo)
     for queue in attached.device(name).queues():
-        queue.call(via="eventfd")
-        after = interrupts_after(zoo, before)
-        assert rise(before, after) == {interrupt_line(zoo, name, queue.map.index): 1}
-        before = after
+        raised = raised_by(zoo, attached, partial(queue.call, via="eventfd"))
+        assert raised == {interrupt_line(zoo, name, queue.map.index): 1}
 
 
 @pytest.mark.parametrize("name", [*IN_QEMU_DISKS, *sorted(KICK_ONLY)])
@@ -115,11 +112,17 @@ def test_each_kick_notifier_makes_qemu_look_at_its_queue_and_no_other(
     address = virtio_device_address(zoo, name)
     interrupts(zoo)
     for queue in attached.device(name).queues():
-        with NotifyTrace(zoo) as trace:
-            queue.kick(via="eventfd")
-            until(trace.seen, f"QEMU looks at queue {queue.map.index} of {name}")
-            interrupts(zoo)
-            assert trace.seen() == [(address, queue.map.index)]
+        looks = undisturbed(attached, partial(looks_after_kick, zoo, queue))
+        assert looks == [(address, queue.map.index)]
+
+
+def looks_after_kick(machine: LabMachine, queue: AttachedQueue) -> list[tuple[str, int]]:
+    """Return what QEMU looks at once a queue is kicked, until the guest is at rest."""
+    with NotifyTrace(machine) as trace:
+        queue.kick(via="eventfd")
+        until(trace.seen, f"QEMU looks at queue {queue.map.index}")
+        interrupts(machine)
+        return trace.seen()
 
 
 def test_the_guests_own_requests_move_the_queue_that_is_mapped(
