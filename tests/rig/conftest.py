@@ -49,5 +49,5 @@ def zoo(request: pytest.FixtureRequest, guest_image_built: GuestImage) -> Iterat
 
 @pytest.fixture
 def attached(zoo: LabMachine) -> Iterator[AttachedMachine]:
-    with attach(zoo.name) as machine:
+    with attach(zoo.name, timeout=20) as machine:
         yield machine

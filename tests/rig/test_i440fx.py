@@ -37,7 +37,7 @@ def machine(guest_image_built: GuestImage) -> Iterator[LabMachine]:
         arguments=("-machine", "pc"),
         kernel_arguments="ipv6.disable=1",
     )
-    with boot(spec, timeout=600) as booted:
+    with boot(spec) as booted:
         ping = f"for i in $(seq 30); do ping -c 1 -W 1 {card.host_address} && exit; done; false"
         assert booted.guest.run(ping, timeout=60).status == 0
         watch_queues(booted)
