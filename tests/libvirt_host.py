@@ -13,11 +13,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kickcall.lab.board import BOARDS
 from kickcall.lab.guest import Guest
+from kickcall.lab.process import listens
 from kickcall.lab.relay_control import RelayControl
 from witness import until
 
@@ -274,10 +276,10 @@ def guest_domain(
                 f"addr.type=unix,addr.path={folder}/backend,num-queues=2"
             )
             storage = ["qemu-storage-daemon", "--blockdev", disk, "--export", export]
-            running.enter_context(_process(storage, (folder / "backend").is_socket))
+            running.enter_context(_process(storage, partial(listens, folder / "backend")))
             between = [sys.executable, "-m", "kickcall.lab.relay", "--listen", f"{folder}/relay"]
             between += ["--backend", f"{folder}/backend", "--control", f"{folder}/control"]
-            running.enter_context(_process(between, (folder / "control").is_socket))
+            running.enter_context(_process(between, partial(listens, folder / "control")))
         yield GuestDomain(name, folder, xml, Guest(folder / "agent", folder / "agent.lock"))
 
 

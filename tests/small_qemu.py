@@ -6,11 +6,13 @@ import contextlib
 import shutil
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from kickcall.lab.process import listens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
 BARE = ("-M", "q35", "-accel", "tcg", "-m", "16", "-S", "-nodefaults", "-display", "none")
 """A PC that never runs. It is up in 0.1 s."""
@@ -25,7 +27,7 @@ def qemu_binary() -> str:
 @contextlib.contextmanager
 def small_qemu(
     *arguments: str,
-    ready: Callable[[], bool],
+    ready: Path | Callable[[], bool],
     cwd: Path | None = None,
     before: Sequence[str] = (),
     binary: str = "",
@@ -33,15 +35,19 @@ def small_qemu(
 ) -> Iterator[int]:
     """Run a QEMU while the block lasts and return its pid. `before` is a command that becomes it.
 
-    It is up when `ready` says so.
+    It is up when `ready` says so, or when it listens at that socket.
     """
+
+    def is_up() -> bool:
+        return ready.is_socket() and listens(ready) if isinstance(ready, Path) else ready()
+
     command = [*before, binary or qemu_binary(), *BARE, *arguments]
     with subprocess.Popen(
         command, cwd=cwd, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=pass_fds
     ) as qemu:
         try:
             deadline = time.monotonic() + 20
-            while not ready():
+            while not is_up():
                 if qemu.poll() is not None:
                     assert qemu.stderr is not None
                     raise AssertionError(f"QEMU ended: {qemu.stderr.read().decode()}")

@@ -93,8 +93,8 @@ def test_an_unknown_name() -> None:
 def test_two_machines_of_one_name(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     with (
-        small_qemu("-name", "twin", *qmp(one), ready=one.is_socket) as first,
-        small_qemu("-name", "twin", *qmp(two), ready=two.is_socket) as second,
+        small_qemu("-name", "twin", *qmp(one), ready=one) as first,
+        small_qemu("-name", "twin", *qmp(two), ready=two) as second,
     ):
         refused("twin", MachineNotFoundError, f"2 machines are named 'twin'.*{first}, {second}")
         with attach(second) as attached:
@@ -112,7 +112,7 @@ def test_a_process_that_is_not() -> None:
 
 
 def test_a_zombie_is_no_machine(path: Path) -> None:
-    with small_qemu("-name", "gone", *qmp(path), ready=path.is_socket) as pid:
+    with small_qemu("-name", "gone", *qmp(path), ready=path) as pid:
         os.kill(pid, signal.SIGKILL)
         until(lambda: "Z" in process_state(pid), "QEMU has ended and nobody waited for it")
         refused("gone", MachineNotFoundError, "no running QEMU is named")
@@ -123,7 +123,7 @@ def test_a_socket_that_is_not(path: Path) -> None:
 
 
 def test_a_socket_that_nobody_listens_on(path: Path) -> None:
-    with small_qemu(*qmp(path), ready=path.is_socket) as pid:
+    with small_qemu(*qmp(path), ready=path) as pid:
         os.kill(pid, signal.SIGKILL)
         until(lambda: process_state(pid) == {"Z"}, "QEMU has ended")
     refused(f"qmp:{path}", MonitorGoneError, "nobody listens on this socket")
@@ -144,18 +144,18 @@ def test_a_socket_of_another_program(path: Path) -> None:
 def test_a_socket_of_qemu_that_speaks_no_qmp(path: Path) -> None:
     """The human monitor is a socket of QEMU, too, and greets in another language."""
     monitor = ("-monitor", f"unix:{path},server=on,wait=off")
-    with small_qemu(*monitor, ready=path.is_socket):
+    with small_qemu(*monitor, ready=path):
         refused(f"qmp:{path}", MonitorError, "speaks no QMP")
 
 
 def test_a_socket_of_qemu_that_says_nothing(path: Path) -> None:
     serial = ("-serial", f"unix:{path},server=on,wait=off")
-    with small_qemu(*serial, ready=path.is_socket):
+    with small_qemu(*serial, ready=path):
         refused(f"qmp:{path}", MonitorBusyError, "no greeting")
 
 
 def test_a_monitor_that_somebody_holds(path: Path) -> None:
-    with small_qemu("-name", "held", *qmp(path), ready=path.is_socket) as pid:
+    with small_qemu("-name", "held", *qmp(path), ready=path) as pid:
         with client(path):
             for target in ("held", pid, f"qmp:{path}"):
                 refused(target, MonitorBusyError, "another client holds this monitor")
@@ -180,13 +180,13 @@ def crowd(path: Path) -> Iterator[None]:
 
 
 def test_a_monitor_that_many_wait_for(path: Path) -> None:
-    with small_qemu("-name", "held", *qmp(path), ready=path.is_socket), crowd(path):
+    with small_qemu("-name", "held", *qmp(path), ready=path), crowd(path):
         for target in ("held", f"qmp:{path}"):
             refused(target, MonitorBusyError, "another client holds this monitor")
 
 
 def test_a_monitor_is_had_when_those_who_waited_have_left(path: Path) -> None:
-    with small_qemu("-name", "held", *qmp(path), ready=path.is_socket) as pid:
+    with small_qemu("-name", "held", *qmp(path), ready=path) as pid:
         with contextlib.ExitStack() as they:
             they.enter_context(crowd(path))
             leave = threading.Timer(0.3, they.pop_all().close)
@@ -199,7 +199,7 @@ def test_a_monitor_is_had_when_those_who_waited_have_left(path: Path) -> None:
 def test_the_second_monitor_is_taken_where_the_first_is_held(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     with (
-        small_qemu("-name", "held", *qmp(one), *qmp(two), ready=two.is_socket) as pid,
+        small_qemu("-name", "held", *qmp(one), *qmp(two), ready=two) as pid,
         client(one),
     ):
         for _ in range(TRIES):
@@ -216,7 +216,7 @@ def test_the_second_monitor_is_taken_where_the_first_is_held(tmp_path: Path) -> 
 
 
 def test_a_qemu_that_was_stopped(path: Path) -> None:
-    with small_qemu("-name", "frozen", *qmp(path), ready=path.is_socket) as pid:
+    with small_qemu("-name", "frozen", *qmp(path), ready=path) as pid:
         os.kill(pid, signal.SIGSTOP)
         try:
             until(lambda: process_state(pid) == {"T"}, "QEMU stands still")
@@ -230,12 +230,12 @@ def test_a_qemu_that_was_stopped(path: Path) -> None:
 
 def test_a_qemu_without_a_monitor(path: Path) -> None:
     monitor = ("-monitor", f"unix:{path},server=on,wait=off")
-    with small_qemu("-name", "mute", *monitor, ready=path.is_socket):
+    with small_qemu("-name", "mute", *monitor, ready=path):
         refused("mute", MonitorError, "has no QMP monitor")
 
 
 def test_a_qemu_whose_socket_was_deleted(path: Path) -> None:
-    with small_qemu("-name", "lost", *qmp(path), ready=path.is_socket):
+    with small_qemu("-name", "lost", *qmp(path), ready=path):
         path.unlink()
         refused("lost", MonitorGoneError, "no such socket")
 

@@ -288,7 +288,7 @@ def test_what_cannot_be_done_says_so_on_stderr_alone(
 def test_a_hostile_name_is_printed_as_text(tmp_path: Path, name: str) -> None:
     path = tmp_path / "qmp"
     monitor = ("-qmp", f"unix:{path},server=on,wait=off")
-    with small_qemu("-name", name, *monitor, ready=path.is_socket) as pid:
+    with small_qemu("-name", name, *monitor, ready=path) as pid:
         machines = {one["pid"]: one for one in told("vms")["machines"]}
         assert machines[pid]["name"] == name
         for arguments in (("vms",), ("show", str(pid)), ("eventfd", str(pid)), ("show", name)):

@@ -15,6 +15,7 @@ import pytest
 
 from kickcall.attached import attach
 from kickcall.lab.monitor import ask
+from kickcall.lab.process import listens
 from kickcall.lab.qtest import boot_without_guest
 from kickcall.lab.spec import MachineSpec
 from kickcall.vmm.find import find, inspect
@@ -64,7 +65,7 @@ def test_a_machine_is_called_what_qemu_calls_it(
 ) -> None:
     path = tmp_path / "qmp"
     monitor = ("-qmp", f"unix:{path},server=on,wait=off")
-    with small_qemu(*arguments, *monitor, ready=path.is_socket) as pid:
+    with small_qemu(*arguments, *monitor, ready=path) as pid:
         assert ask(path, "query-name") == {"name": name}
         assert seen(pid).name == name
 
@@ -72,7 +73,7 @@ def test_a_machine_is_called_what_qemu_calls_it(
 def test_vms_lists_name_version_and_monitors(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
     monitor = ("-qmp", f"unix:{path},server=on,wait=off")
-    with small_qemu("-name", "vm0", *monitor, ready=path.is_socket) as pid:
+    with small_qemu("-name", "vm0", *monitor, ready=path) as pid:
         said = subprocess.run(
             [sys.executable, "-m", "kickcall", "vms", "--json"], capture_output=True, check=True
         )
@@ -90,7 +91,7 @@ def test_vms_lists_name_version_and_monitors(tmp_path: Path) -> None:
 
 def test_a_machine_without_a_name_is_called_by_its_pid(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
-    with small_qemu("-qmp", f"unix:{path},server=on,wait=off", ready=path.is_socket) as pid:
+    with small_qemu("-qmp", f"unix:{path},server=on,wait=off", ready=path) as pid:
         assert seen(pid).name == f"pid-{pid}"
         with attach(f"pid-{pid}") as attached:
             assert attached.info.pid == pid
@@ -119,16 +120,14 @@ def test_a_monitor_is_found_however_it_was_asked_for(
 ) -> None:
     path = tmp_path / "with,comma"
     written = [argument.format(path=str(path).replace(",", ",,")) for argument in arguments]
-    with small_qemu(*written, ready=path.is_socket) as pid:
+    with small_qemu(*written, ready=path) as pid:
         assert [address.path for address in seen(pid).monitors] == [str(path)]
         attaches(pid)
 
 
 def test_a_relative_path_counts_from_qemus_own_directory(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
-    with small_qemu(
-        "-qmp", "unix:qmp,server=on,wait=off", cwd=tmp_path, ready=path.is_socket
-    ) as pid:
+    with small_qemu("-qmp", "unix:qmp,server=on,wait=off", cwd=tmp_path, ready=path) as pid:
         (address,) = seen(pid).monitors
         assert (address.path, address.written) == (str(path), "qmp")
         attaches(pid)
@@ -138,7 +137,7 @@ def test_a_path_may_be_longer_than_a_socket_address(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100) / ("e" * 100)
     deep.mkdir(parents=True)
     path = deep / "qmp"
-    with small_qemu("-qmp", "unix:qmp,server=on,wait=off", cwd=deep, ready=path.is_socket) as pid:
+    with small_qemu("-qmp", "unix:qmp,server=on,wait=off", cwd=deep, ready=path) as pid:
         assert len(seen(pid).monitors[0].path) > 200
         attaches(pid)
         with attach(f"qmp:{path}") as attached:
@@ -148,11 +147,11 @@ def test_a_path_may_be_longer_than_a_socket_address(tmp_path: Path) -> None:
 def test_an_abstract_socket_is_a_monitor() -> None:
     name = f"kickcall-test-{os.getpid()}"
 
-    def listens() -> bool:
-        return f"@{name}" in Path("/proc/net/unix").read_text()
+    def is_up() -> bool:
+        return listens(Path(f"@{name}"))
 
     for option in (f"unix:{name},abstract=on,server=on,wait=off",):
-        with small_qemu("-qmp", option, ready=listens) as pid:
+        with small_qemu("-qmp", option, ready=is_up) as pid:
             assert [address.path for address in seen(pid).monitors] == [f"@{name}"]
             attaches(pid)
 
@@ -162,10 +161,10 @@ def test_a_tcp_port_is_a_monitor() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
 
-    def listens() -> bool:
+    def is_up() -> bool:
         return f":{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text()
 
-    with small_qemu("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off", ready=listens) as pid:
+    with small_qemu("-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off", ready=is_up) as pid:
         assert [address.path for address in seen(pid).monitors] == [f"tcp:127.0.0.1:{port}"]
         attaches(pid)
 
@@ -179,7 +178,7 @@ def test_a_socket_that_was_handed_over_is_a_monitor(tmp_path: Path) -> None:
         fd = listener.fileno()
         arguments = ("-chardev", f"socket,id=m,fd={fd},server=on,wait=off")
         with small_qemu(
-            *arguments, "-mon", "chardev=m,mode=control", pass_fds=(fd,), ready=path.is_socket
+            *arguments, "-mon", "chardev=m,mode=control", pass_fds=(fd,), ready=path
         ) as pid:
             assert [address.path for address in seen(pid).monitors] == [str(path)]
             attaches(pid)
@@ -193,10 +192,10 @@ def test_a_qemu_in_another_mount_namespace_is_reached(tmp_path: Path) -> None:
     before = ("unshare", "-m", "--propagation", "private", "sh", "-c", inside + '"$0" "$@"')
     monitor = ("-qmp", f"unix:{hidden}/qmp,server=on,wait=off")
 
-    def listens() -> bool:
-        return f"{hidden}/qmp" in Path("/proc/net/unix").read_text()
+    def is_up() -> bool:
+        return listens(hidden / "qmp")
 
-    with small_qemu(*monitor, before=before, ready=listens) as pid:
+    with small_qemu(*monitor, before=before, ready=is_up) as pid:
         until(lambda: inspect(pid), "the command becomes QEMU")
         assert list(hidden.iterdir()) == []
         (address,) = seen(pid).monitors
@@ -228,9 +227,7 @@ def test_a_qemu_whose_binary_was_replaced_is_found(tmp_path: Path) -> None:
     before = ("env", f"QEMU_MODULE_DIR={modules[0] if modules else ''}")
     arguments = ("-name", "old", "-L", "/usr/share/qemu", "-L", "/usr/share/seabios")
     monitor = ("-qmp", f"unix:{path},server=on,wait=off")
-    with small_qemu(
-        *arguments, *monitor, before=before, binary=str(binary), ready=path.is_socket
-    ) as pid:
+    with small_qemu(*arguments, *monitor, before=before, binary=str(binary), ready=path) as pid:
         binary.unlink()
         assert os.readlink(f"/proc/{pid}/exe").endswith(" (deleted)")
         assert seen(pid).name == "old"

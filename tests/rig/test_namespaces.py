@@ -204,7 +204,7 @@ def test_a_machine_of_proxmox_is_found_by_its_number_and_its_monitor_is_shared(
         *("-chardev", f"socket,id=qmp-event,path={tmp_path}/qmeventd.sock,reconnect=5"),
         *("-mon", "chardev=qmp-event,mode=control"),
     )
-    with small_qemu(*arguments, cwd=tmp_path, ready=path.is_socket) as pid:
+    with small_qemu(*arguments, cwd=tmp_path, ready=path) as pid:
         said = subprocess.run([KICKCALL, "vms", "--json"], capture_output=True, check=True)
         (told,) = (one for one in json.loads(said.stdout)["machines"] if one["pid"] == pid)
         assert (told["name"], told["vmid"], told["monitors"]) == ("web", "100", [str(path)])

@@ -25,7 +25,7 @@ from kickcall.lab.cache import locked, log_progress, tool
 from kickcall.lab.command_line import guest_arguments, machine_arguments
 from kickcall.lab.image import GuestImage, guest_image
 from kickcall.lab.machine import LabMachine, lab_folder, machines
-from kickcall.lab.process import LabProcess
+from kickcall.lab.process import LabProcess, listens
 from kickcall.lab.qemu import find_qemu, usable_kvm
 from kickcall.lab.spec import (
     MachineSpec,
@@ -123,7 +123,7 @@ def start_backends(machine: LabMachine, timeout: float) -> None:
             [daemon, *device.backend_arguments(str(machine.folder))],
         )
         # QEMU's daemon serves one client: connecting to see whether it is up would disturb it.
-        _wait(machine, partial(_listens, backend), f"{device.id}-backend", timeout)
+        _wait(machine, partial(listens, backend), f"{device.id}-backend", timeout)
         if device.relay:
             control = machine.folder / f"{device.id}.control"
             listen = machine.folder / f"{device.id}.relay"
@@ -131,24 +131,16 @@ def start_backends(machine: LabMachine, timeout: float) -> None:
             command += ["--listen", str(listen), "--backend", str(backend)]
             command += ["--control", str(control)]
             _start(machine, f"{device.id}-relay", command)
-            _wait(machine, control.is_socket, f"{device.id}-relay", timeout)
-
-
-def _listens(path: Path) -> bool:
-    """Tell whether somebody listens at a socket, which is there a moment before that."""
-    # /proc/net/unix: the flag is __SO_ACCEPTCON (Linux, net/unix/af_unix.c: unix_seq_show).
-    lines = Path("/proc/net/unix").read_text().splitlines()
-    listed = (line.split(maxsplit=7) for line in lines)
-    return any(words[3] == "00010000" and words[-1] == str(path) for words in listed)
+            _wait(machine, partial(listens, control), f"{device.id}-relay", timeout)
 
 
 def start_qemu(machine: LabMachine, qemu: Qemu, arguments: list[str], timeout: float) -> None:
-    """Start QEMU and return when its last socket is there."""
+    """Start QEMU and return when it listens at its last socket."""
     _start(machine, "qemu", [*qemu.command, *arguments, *machine.spec.arguments])
     spec = machine.spec
     last = "lab-monitor" if spec.lab_monitor else f"qmp{spec.monitors - 1}"
     if spec.lab_monitor or spec.monitors:
-        _wait(machine, (machine.folder / last).is_socket, "qemu", timeout)
+        _wait(machine, partial(listens, machine.folder / last), "qemu", timeout)
     for device in spec.devices:
         if isinstance(device, VhostNet):
             # QEMU makes its sockets before its network interfaces.

@@ -103,3 +103,17 @@ def end(processes: Sequence[LabProcess], timeout: float = 10.0) -> None:
                 os.waitpid(process.pid, os.WNOHANG)
         finally:
             os.close(pidfd)
+
+
+def listens(path: Path) -> bool:
+    """Tell whether somebody listens at a socket, which is there a moment before that.
+
+    Who bound it may have a root of its own, or have named it from where it was: the end of the path
+    decides.
+    """
+    ours = (str(path), os.path.realpath(path))
+    # The flag is __SO_ACCEPTCON (Linux, net/unix/af_unix.c: unix_seq_show).
+    lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
+    listed = (line.split(maxsplit=7) for line in lines)
+    bound = (words[7] for words in listed if len(words) == 8 and words[3] == "00010000")
+    return any(one.endswith(name) for name in bound for one in ours)
