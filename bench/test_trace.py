@@ -1,19 +1,20 @@
 """What does the flight recorder take from a guest's throughput, and how long does a look take?
 
 On a KVM host only (`kickcall lab host run -- .venv/bin/python -m pytest bench/test_trace.py`).
-Pairs: the same reads with and without the recorder, one right after the other and by turns first,
-so that a busy host is busy for both. One pair may be off by 10 % under TCG: KICKCALL_TRACE_PAIRS
-sets how many there are, and what remains of that in their mean is printed.
+Pairs: a guest reads all the time, and its reads of a second are counted with the recorder on, and
+of another second with it off, right after each other and by turns first, so that a busy host is
+busy for both. One pair may be off by 10 % under TCG: KICKCALL_TRACE_PAIRS sets how many there are,
+and what remains of that in their mean is printed.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import statistics
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +32,15 @@ if TYPE_CHECKING:
 
     from bench.comparison import Compare
 
+    from kickcall.attached import AttachedQueue
     from kickcall.lab.machine import LabMachine
 
 PAIRS = int(os.environ.get("KICKCALL_TRACE_PAIRS", "30"))
-READS = int(os.environ.get("KICKCALL_TRACE_READS", "3000"))
+WINDOW_S = 1.0
+SETTLE_S = 0.4
+"""To begin makes a host under TCG slow for some 40 ms: that is no part of the window."""
+LOADS = {"4k": ("4k", 1), "64k": ("64k", 1), "8x4k": ("4k", 8)}
+"""How much a read asks for, and how many readers there are; each asks for one after the other."""
 LIMIT = 1.02
 DEVICES = MachineSpec(devices=(VhostScsi(id="vscsi0"), VirtioBlk(id="iot0", iothread=True)))
 
@@ -53,38 +59,55 @@ def kvm_machine() -> Iterator[LabMachine]:
         yield machine
 
 
-def reads(machine: LabMachine, device: str, count: int = READS) -> float:
-    """Return the seconds that the guest needs for its reads, by its own clock."""
-    read = f"dd if={machine.disk(device)} of=/dev/null bs=4k count={count} iflag=direct"
-    # Of the two clocks that busybox has, this one counts hundredths of a second.
-    script = f"cat /proc/uptime; {read} 2>/dev/null; cat /proc/uptime"
-    status, output = machine.guest.run(script, timeout=600)
-    assert status == 0, output
-    began, ended = (float(found) for found in re.findall(r"^(\d+\.\d+) ", output, re.M))
-    return ended - began
+@contextmanager
+def reading(machine: LabMachine, device: str, load: str = "4k") -> Iterator[None]:
+    """The guest reads without an end: see LOADS."""
+    size, readers = LOADS[load]
+    read = f"dd if={machine.disk(device)} of=/dev/null bs={size} count=10000 iflag=direct"
+    loop = f"(while [ -e /reading ]; do {read} 2>/dev/null; done) &"
+    machine.guest.start(f"touch /reading; {loop * readers} wait")
+    try:
+        yield
+    finally:
+        machine.guest.run("rm /reading; killall dd")
 
 
+def seconds_a_read(queue: AttachedQueue) -> float:
+    """Return what one request of `queue` takes, by its used index over a window."""
+
+    def look() -> tuple[float, int]:
+        used = queue.state().used_idx
+        assert used is not None
+        return time.monotonic(), used
+
+    time.sleep(SETTLE_S)
+    began, first = look()
+    time.sleep(WINDOW_S)
+    ended, last = look()
+    return (ended - began) / ((last - first) & 0xFFFF)
+
+
+@pytest.mark.parametrize("load", list(LOADS))
 @pytest.mark.parametrize("device", ["vscsi0", "iot0"])
 def test_reads_with_the_recorder_on(
-    kvm_machine: LabMachine, device: str, results: list[Comparison]
+    kvm_machine: LabMachine, device: str, load: str, results: list[Comparison]
 ) -> None:
-    reads(kvm_machine, device)
     pairs: list[tuple[float, float]] = []
-    with kickcall.attach(kvm_machine.pid) as machine:
+    with reading(kvm_machine, device, load), kickcall.attach(kvm_machine.pid) as machine:
+        queue = machine.device(device).queues()[-1]
+        seconds_a_read(queue)
         for number in range(PAIRS):
             took = {}
             for recorded in (True, False) if number % 2 else (False, True):
                 with machine.record() if recorded else nullcontext():
-                    # To begin makes a host under TCG slow for some 40 ms.
-                    reads(kvm_machine, device, READS // 5)
-                    took[recorded] = reads(kvm_machine, device)
+                    took[recorded] = seconds_a_read(queue)
             pairs.append((took[True], took[False]))
     logs = [math.log(ours / theirs) for ours, theirs in pairs]
     ratio, error = math.exp(statistics.mean(logs)), statistics.stdev(logs) / math.sqrt(PAIRS)
     theirs = statistics.median(off for _, off in pairs)
     results.append(
         Comparison(
-            f"{READS} reads of {device}, recorded (mean of {PAIRS} pairs)",
+            f"a read of {device}, {load}, recorded (mean of {PAIRS} pairs)",
             theirs * ratio,
             "the same, not recorded",
             theirs,
@@ -92,8 +115,8 @@ def test_reads_with_the_recorder_on(
         )
     )
     sys.stderr.write(
-        f"\n{device}: recorded {ratio - 1:+.2%} (standard error {error:.2%}, {PAIRS} pairs); "
-        f"{theirs / READS * 1e6:.0f} µs a read\n"
+        f"\n{device}, {load}: recorded {ratio - 1:+.2%} (standard error {error:.2%}, {PAIRS} pairs)"
+        f"; {theirs * 1e6:.0f} µs a read\n"
     )
 
 
@@ -118,7 +141,8 @@ def test_a_signal_that_is_counted(compare: Compare) -> None:
 def test_a_look_at_the_counts(kvm_machine: LabMachine, compare: Compare) -> None:
     """`counts()` beside one look at all rings."""
     with kickcall.attach(kvm_machine.pid) as machine, machine.record() as recording:
-        reads(kvm_machine, "vscsi0")
+        with reading(kvm_machine, "vscsi0"):
+            seconds_a_read(machine.device("vscsi0").queues()[-1])
         queues = [queue for device in machine.devices() for queue in device.queues()]
         compare(
             f"counts() of {len(queues)} queues",
