@@ -213,7 +213,7 @@ _XML = """
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>{image.kernel}</kernel>
     <initrd>{image.initramfs}</initrd>
-    <cmdline>{words} quiet panic=-1 tsc=reliable</cmdline>
+    <cmdline>{words}</cmdline>
   </os>
   <features><acpi/></features>
   <cpu mode='maximum'/>

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kickcall.lab.qtest import Qtest, boot_without_guest
+from kickcall.lab.qtest_virtio import SplitQueue
 from kickcall.lab.spec import MachineSpec, VirtioBlk
 
 if TYPE_CHECKING:
@@ -103,3 +104,15 @@ def disks(name: str, queues: int = 4) -> Iterator[tuple[LabMachine, VirtioPciDri
         disk = qtest.device("blk0")
         disk.set_up(event_idx=True)
         yield machine, disk
+
+
+def lose_a_kick(disk: VirtioPciDriver, queue: int) -> None:
+    """Publish a request, and do not kick.
+
+    Of its completion no call is wanted: the test may be late to take it, and what a driver does
+    not take looks like a lost call.
+    """
+    ring = disk.queues[queue]
+    assert isinstance(ring, SplitQueue)
+    ring.publish_request()
+    ring.set_used_event(ring.avail_idx)

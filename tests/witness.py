@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import re
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from kickcall.lab.interrupts import parse_interrupts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from kickcall.attached import AttachedMachine
     from kickcall.lab.machine import LabMachine
+    from kickcall.model import Verdict
 
 _K = TypeVar("_K")
 _T = TypeVar("_T")
@@ -44,12 +46,40 @@ def never(condition: Callable[[], object], what: str, seconds: float = 0.4) -> N
         time.sleep(0.02)
 
 
-def within(seconds: float) -> float:
-    """Return how long a thing of `seconds` may take here: where processes wait for a processor,
-    or will soon (other tests run beside), five times that."""
+def asked_until(good: Callable[[_T], object], ask: Callable[[], _T], timeout: float = 60.0) -> _T:
+    """Return the first answer that is `good`; the last one where none was in time."""
+    deadline = time.monotonic() + timeout
+    while not good(answer := ask()) and time.monotonic() < deadline:
+        pass
+    return answer
+
+
+def is_busy() -> bool:
+    """Tell whether processes wait for a processor here, or will soon: other tests run beside."""
     beside = "PYTEST_XDIST_WORKER" in os.environ
-    busy = beside or os.getloadavg()[0] >= (os.cpu_count() or 1)
-    return 5 * seconds if busy else seconds
+    return beside or os.getloadavg()[0] >= (os.cpu_count() or 1)
+
+
+def within(seconds: float) -> float:
+    """Return how long a thing of `seconds` may take here: on a busy host five times that."""
+    return 5 * seconds if is_busy() else seconds
+
+
+def was_asked(verdict: Verdict) -> bool:
+    """Tell whether QEMU was asked for a verdict.
+
+    A diagnosis waits 0.4 s for a monitor, and on a busy host QEMU may greet later than that.
+    """
+    return any(one.what == "run state" for one in verdict.evidence)
+
+
+@contextlib.contextmanager
+def held_monitor(path: Path) -> Iterator[None]:
+    """Hold a monitor, as libvirt does."""
+    with socket.socket(socket.AF_UNIX) as holder:
+        holder.connect(str(path))
+        assert b"QMP" in holder.recv(4096)
+        yield
 
 
 def interrupt_line(machine: LabMachine, device: str, queue: int) -> Line:
@@ -121,8 +151,30 @@ def interrupts(machine: LabMachine) -> Counter[Line]:
 
 def interrupts_after(machine: LabMachine, before: Counter[Line]) -> Counter[Line]:
     """Return the counts when they have risen, and are at rest again."""
-    until(lambda: interrupts(machine) != before, "the guest takes an interrupt")
-    return interrupts(machine)
+    return counted_after(lambda: interrupts(machine), before)
+
+
+def counted_after(count: Callable[[], _T], before: _T) -> _T:
+    """Return what is counted once an interrupt was taken: its processor may come to it late."""
+    until(lambda: count() != before, "the guest takes an interrupt")
+    return count()
+
+
+def nvme_interrupts(machine: LabMachine) -> Counter[str]:
+    """Return how often the guest took the interrupt of each queue, as `nvme0q1`."""
+    listing = machine.guest.run("grep nvme /proc/interrupts").output
+    return Counter(
+        {
+            line.split()[-1]: sum(int(word) for word in line.split()[1:] if word.isdigit())
+            for line in listing.splitlines()
+        }
+    )
+
+
+def look_over(machine: LabMachine, device: str) -> None:
+    """Return when the guest has looked a new disk over: until then nobody else may open it."""
+    read = f"dd if={machine.disk(device)} of=/dev/null bs=4k count=1 iflag=direct"
+    until(lambda: machine.guest.run(read).status == 0, f"the disk of {device} can be read")
 
 
 def rise(before: Mapping[_K, int], after: Mapping[_K, int]) -> dict[_K, int]:
@@ -290,12 +342,3 @@ class StoppedIothread(StoppedThread):
             if one["id"] == f"{device}-iothread"
         )
         super().__init__(tid)
-
-
-def process_state(pid: int) -> set[str]:
-    """Return the states of all threads of a process, as `T` for stopped (proc(5))."""
-    states = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):  # it ended since it was listed
-            states.add((task / "stat").read_text().rpartition(")")[2].split()[0])
-    return states

@@ -15,8 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,7 +32,7 @@ from kickcall.lab.monitor import ask
 from kickcall.lab.spec import MachineSpec, VhostNet, VhostScsi
 from kickcall.model import DeviceEvent, VerdictKind
 from kvm_zoo import interrupt_lines, know_each_other
-from witness import interrupts, never, rise, until
+from witness import asked_until, interrupts, never, rise, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,10 +155,7 @@ class Hunt:
 
         A diagnosis that did not get to run itself blames nobody: then it is asked again.
         """
-        deadline = time.monotonic() + PATIENCE
-        while not (found := self.verdicts()) and time.monotonic() < deadline:
-            pass
-        return found
+        return asked_until(bool, self.verdicts, PATIENCE)
 
     def ends_well(self, command: Command) -> None:
         status, output = command.wait(PATIENCE)
@@ -315,12 +312,10 @@ def typed(*words: str) -> str:
 
 def told_of_the_stall(*words: str) -> str:
     """Return what a diagnosis prints; one that did not get to run itself blames nobody."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        result = CliRunner().invoke(main.app, [*words])
-        if result.exit_code != 0 or time.monotonic() > deadline:
-            assert result.exit_code == 1, result.output
-            return result.output.strip("\n")
+    ask = partial(CliRunner().invoke, main.app, [*words])
+    result = asked_until(lambda answer: answer.exit_code != 0, ask, PATIENCE)
+    assert result.exit_code == 1, result.output
+    return result.output.strip("\n")
 
 
 def counts_of_the_kick(printed: str) -> tuple[int, int]:

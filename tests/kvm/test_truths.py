@@ -14,6 +14,7 @@ from kickcall.lab.registers import Registers
 from kvm_zoo import NETS, HandlerHits, interrupt_lines, kick_handler, notifier_counts
 from witness import (
     StoppedIothread,
+    asked_until,
     eventfd_counts,
     interrupts,
     interrupts_after,
@@ -102,16 +103,12 @@ def test_a_call_through_a_masked_vector_waits_in_the_call_notifier(
         never(lambda: reader.done, "a masked vector stays silent")
         waiting = moved(before, notifier_counts(attached))
         assert waiting.keys() == {queue.map.kick.fd, queue.map.call.fd}
-        verdict = None
-
-        def stalled() -> bool:
-            # A diagnosis that did not get to run itself blames nobody: then it is asked again.
-            nonlocal verdict
-            (verdict,) = attached.diagnose("vscsi0", 3, duration_s=2)
-            return verdict.verdict.stalled
-
-        until(stalled, "the diagnosis sees a stall", PATIENCE)
-        assert verdict is not None
+        # A diagnosis that did not get to run itself blames nobody: then it is asked again.
+        (verdict,) = asked_until(
+            lambda verdicts: verdicts[0].verdict.stalled,
+            lambda: attached.diagnose("vscsi0", 3, duration_s=2),
+            PATIENCE,
+        )
         assert str(verdict.verdict) == "interrupt-blocked", str(verdict)
     finally:
         registers(kvm_zoo, "vscsi0").mask_vector(4, False)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from kickcall.lab.boot import boot
 from kickcall.lab.host import ASSIGNABLE
 from kickcall.lab.spec import MachineSpec
 from kickcall.model import Via
-from witness import STOP_IO, kernel_complaints, until
+from witness import STOP_IO, counted_after, kernel_complaints, nvme_interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,27 +55,16 @@ def attached(machine: LabMachine) -> Iterator[AttachedMachine]:
         yield one
 
 
-def interrupts(machine: LabMachine) -> Counter[str]:
-    listing = machine.guest.run("grep nvme /proc/interrupts").output
-    return Counter(
-        {
-            line.split()[-1]: sum(int(word) for word in line.split()[1:] if word.isdigit())
-            for line in listing.splitlines()
-        }
-    )
-
-
 def taken(machine: LabMachine, before: Counter[str]) -> Counter[str]:
-    """Return what the guest has taken since: its processor may come to it after the call."""
-    until(lambda: interrupts(machine) != before, "the guest takes an interrupt")
-    return interrupts(machine) - before
+    """Return what the guest has taken since."""
+    return counted_after(partial(nvme_interrupts, machine), before) - before
 
 
 @pytest.mark.parametrize("vector", [0, 1, 2])
 def test_the_eventfd_of_a_vector_raises_exactly_its_interrupt(
     machine: LabMachine, attached: AttachedMachine, vector: int
 ) -> None:
-    before = interrupts(machine)
+    before = nvme_interrupts(machine)
     result = attached.pci_device("given0").call(vector)
     assert taken(machine, before) == Counter({f"nvme0q{vector}": 1})
     assert (result.via, result.pause_ms) == (Via.EVENTFD, None)
@@ -104,7 +94,7 @@ def test_kvm_routes_that_eventfd_to_the_message_of_the_devices_own_table(
 def test_its_message_can_be_written_where_a_pause_is_allowed(
     machine: LabMachine, attached: AttachedMachine
 ) -> None:
-    before = interrupts(machine)
+    before = nvme_interrupts(machine)
     result = attached.pci_device("given0").raise_event("call", 1, via="mmio")
     assert taken(machine, before) == Counter({"nvme0q1": 1})
     assert result.pause_ms is not None

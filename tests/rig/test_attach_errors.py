@@ -25,11 +25,13 @@ from kickcall.errors import (
     MonitorGoneError,
     NotAVmmError,
 )
+from kickcall.lab.faults_target import stopped
 from kickcall.lab.monitor import ask
+from kickcall.lab.process import thread_states
 from kickcall.lab.qtest import Qtest, boot_without_guest
 from kickcall.lab.spec import MachineSpec, VirtioBlk
 from small_qemu import small_qemu
-from witness import process_state, until, within
+from witness import held_monitor, until, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,15 +73,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "qmp"
 
 
-@contextlib.contextmanager
-def client(path: Path) -> Iterator[socket.socket]:
-    """Hold a monitor, as libvirt does."""
-    with socket.socket(socket.AF_UNIX) as held:
-        held.connect(str(path))
-        assert b"QMP" in held.recv(4096)
-        yield held
-
-
 def answers(path: Path) -> bool:
     with contextlib.suppress(LabError):
         return bool(ask(path, "query-status")["status"] == "prelaunch")
@@ -115,7 +108,7 @@ def test_a_process_that_is_not() -> None:
 def test_a_zombie_is_no_machine(path: Path) -> None:
     with small_qemu("-name", "gone", *qmp(path), ready=path) as pid:
         os.kill(pid, signal.SIGKILL)
-        until(lambda: "Z" in process_state(pid), "QEMU has ended and nobody waited for it")
+        until(lambda: "Z" in thread_states(pid), "QEMU has ended and nobody waited for it")
         refused("gone", MachineNotFoundError, "no running QEMU is named")
 
 
@@ -126,7 +119,7 @@ def test_a_socket_that_is_not(path: Path) -> None:
 def test_a_socket_that_nobody_listens_on(path: Path) -> None:
     with small_qemu(*qmp(path), ready=path) as pid:
         os.kill(pid, signal.SIGKILL)
-        until(lambda: process_state(pid) == {"Z"}, "QEMU has ended")
+        until(lambda: thread_states(pid) == {"Z"}, "QEMU has ended")
     refused(f"qmp:{path}", MonitorGoneError, "nobody listens on this socket")
 
 
@@ -157,7 +150,7 @@ def test_a_socket_of_qemu_that_says_nothing(path: Path) -> None:
 
 def test_a_monitor_that_somebody_holds(path: Path) -> None:
     with small_qemu("-name", "held", *qmp(path), ready=path) as pid:
-        with client(path):
+        with held_monitor(path):
             for target in ("held", pid, f"qmp:{path}"):
                 refused(target, MonitorBusyError, "another client holds this monitor")
         with attach("held") as attached:
@@ -167,7 +160,7 @@ def test_a_monitor_that_somebody_holds(path: Path) -> None:
 @contextlib.contextmanager
 def crowd(path: Path) -> Iterator[None]:
     """Hold a monitor, and have so many wait for it that no more can."""
-    with client(path), contextlib.ExitStack() as waiting:
+    with held_monitor(path), contextlib.ExitStack() as waiting:
         for _ in range(20):
             one = waiting.enter_context(socket.socket(socket.AF_UNIX))
             one.setblocking(False)
@@ -201,7 +194,7 @@ def test_the_second_monitor_is_taken_where_the_first_is_held(tmp_path: Path) -> 
     one, two = tmp_path / "one", tmp_path / "two"
     with (
         small_qemu("-name", "held", *qmp(one), *qmp(two), ready=two) as pid,
-        client(one),
+        held_monitor(one),
     ):
         for _ in range(TRIES):
             began = time.monotonic()
@@ -212,19 +205,15 @@ def test_the_second_monitor_is_taken_where_the_first_is_held(tmp_path: Path) -> 
             if took < AT_ONCE_S:
                 break
         assert took < within(AT_ONCE_S)
-        with client(two):
+        with held_monitor(two):
             refused("held", MonitorBusyError, "another client holds this monitor")
 
 
 def test_a_qemu_that_was_stopped(path: Path) -> None:
     with small_qemu("-name", "frozen", *qmp(path), ready=path) as pid:
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            until(lambda: process_state(pid) == {"T"}, "QEMU stands still")
+        with stopped(pid):
             for target in ("frozen", f"qmp:{path}"):
                 refused(target, MonitorBusyError, "or QEMU's main loop is stuck")
-        finally:
-            os.kill(pid, signal.SIGCONT)
         # Our visits are still in its queue of clients.
         until(lambda: answers(path), "QEMU goes on")
 
@@ -254,7 +243,6 @@ AS_NOBODY = (
 def test_somebody_without_the_privilege(socket_mode: int, command: tuple[str, ...]) -> None:
     """Once the socket refuses; once only the memory of the process does."""
     with boot_without_guest(MachineSpec(devices=(VirtioBlk(id="blk0"),))) as machine:
-        until((machine.folder / "qtest").is_socket, "QEMU's qtest socket is there")
         with Qtest(machine) as qtest:
             qtest.device("blk0").set_up()
         machine.qmp_path.chmod(socket_mode)

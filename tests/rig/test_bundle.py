@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
 from opened_bundle import Opened, opened
 from pictures import chromium, keep_page
 from watcher import Watcher
+from witness import held_monitor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,9 +146,7 @@ def held(machine: LabMachine) -> Iterator[None]:
     """Be the one client that each of the machine's monitors serves."""
     with contextlib.ExitStack() as stack:
         for path in (*machine.qmp_paths, machine.folder / "lab-monitor"):
-            client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            client.connect(str(path))
-            client.recv(4096)
+            stack.enter_context(held_monitor(path))
         yield
 
 

@@ -200,11 +200,7 @@ def test_churn_is_stood_with_nothing_lost_leaked_or_written_wrongly(
     base = f"churn-{os.getpid()}"
     names = [f"{base}-{slot}" for slot in range(SLOTS)]
     guest = boot_machine(
-        MachineSpec(
-            devices=(VirtioBlk(id="blk0", queues=2, disk="file"),),
-            # Linux panics where TCG is too slow for the check: arch/x86/kernel/apic/io_apic.c.
-            kernel_arguments="no_timer_check",
-        )
+        MachineSpec(devices=(VirtioBlk(id="blk0", queues=2, disk="file"),)),
     )
     said, journal = tmp_path / "said", tmp_path / "journal.db"
     said.touch()

@@ -25,6 +25,7 @@ from kickcall.lab.faults import FAULTS
 from kickcall.lab.faults_target import Target
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk, VirtioNet, VirtioScsi
 from kickcall.model import Confidence, VerdictKind
+from witness import was_asked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,7 +154,7 @@ def one_round(fault: Fault, together: list[Cell], machine: LabMachine, record: R
                 if fault.name != "main-loop-stuck":
                     attached = looking.enter_context(attach(machine.name))
                 verdicts = attached.diagnose(duration_s=watch(together))
-                if fault.name != "main-loop-stuck" and not all(map(was_asked, verdicts)):
+                if fault.name != "main-loop-stuck" and not all(map(has_what_it_needs, verdicts)):
                     verdicts = attached.diagnose(duration_s=watch(together))
                 # The first is served by QEMU, the last by another process where there is one.
                 ends = dict.fromkeys((together[0], together[-1]))
@@ -178,13 +179,10 @@ def watch(together: list[Cell]) -> float:
     return (LIMITS.device_s if stuck else LIMITS.notification_s) + 0.3
 
 
-def was_asked(verdict: Verdict) -> bool:
-    """Tell whether QEMU was asked for a verdict that needs it.
-
-    A diagnosis waits 0.4 s for a monitor, and on a busy host QEMU may greet later than that.
-    """
+def has_what_it_needs(verdict: Verdict) -> bool:
+    """Tell whether QEMU was asked for a verdict, where that needs it."""
     needs = verdict.verdict.stalled or verdict.verdict is VerdictKind.UNKNOWN
-    return not needs or any(one.what == "run state" for one in verdict.evidence)
+    return not needs or was_asked(verdict)
 
 
 def told_late(attached: AttachedMachine, cell: Cell) -> str:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,10 +147,7 @@ def test_a_path_may_be_longer_than_a_socket_address(tmp_path: Path) -> None:
 
 def test_an_abstract_socket_is_a_monitor() -> None:
     name = f"kickcall-test-{os.getpid()}"
-
-    def is_up() -> bool:
-        return listens(Path(f"@{name}"))
-
+    is_up = partial(listens, Path(f"@{name}"))
     for option in (f"unix:{name},abstract=on,server=on,wait=off",):
         with small_qemu("-qmp", option, ready=is_up) as pid:
             assert [address.path for address in seen(pid).monitors] == [f"@{name}"]
@@ -192,10 +190,8 @@ def test_a_qemu_in_another_mount_namespace_is_reached(tmp_path: Path) -> None:
     before = ("unshare", "-m", "--propagation", "private", "sh", "-c", inside + '"$0" "$@"')
     monitor = ("-qmp", f"unix:{hidden}/qmp,server=on,wait=off")
 
-    def is_up() -> bool:
-        return listens(hidden / "qmp")
-
-    with small_qemu(*monitor, before=before, ready=is_up) as pid:
+    # (The socket itself is not to be seen from here.)
+    with small_qemu(*monitor, before=before, ready=partial(listens, hidden / "qmp")) as pid:
         until(lambda: inspect(pid), "the command becomes QEMU")
         assert list(hidden.iterdir()) == []
         (address,) = seen(pid).monitors

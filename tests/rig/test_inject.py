@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from kickcall.errors import (
 )
 from kickcall.host.eventfds import COUNT_MAX
 from kickcall.host.processes import Process
+from kickcall.lab.faults_target import stopped
 from kickcall.model import DeviceEvent, Via
 from served import serving
 from witness import (
@@ -30,7 +30,6 @@ from witness import (
     interrupts,
     never,
     own_io,
-    process_state,
     raised_by,
     rise,
     undisturbed,
@@ -50,17 +49,6 @@ if TYPE_CHECKING:
     from witness import Line
 
 pytestmark = pytest.mark.rig
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Let a whole process stand still while the block lasts."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        until(lambda: process_state(pid) == {"T"}, f"process {pid} stands still")
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from signal import SIGCONT, SIGSTOP
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import pytest
 from kickcall.errors import LabError
 from kickcall.host.eventfds import eventfds_of, signal
 from kickcall.host.processes import Process
+from kickcall.lab.process import listens
 from kickcall.lab.relay_control import RelayControl
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
 from kickcall.lab.vhost_user import HEADER
@@ -164,13 +165,7 @@ class Ends:
                 *("--backend", str(folder / "backend"), "--control", str(self.control)),
             ]
         )
-        until(self._answers, "the relay answers")
-
-    def _answers(self) -> bool:
-        # Its socket is there a moment before it listens.
-        with contextlib.suppress(LabError):
-            return RelayControl(self.control).report() == []
-        return False
+        until(partial(listens, self.control), "the relay listens")
 
     def connect(self) -> tuple[socket.socket, socket.socket]:
         front = socket.socket(socket.AF_UNIX)

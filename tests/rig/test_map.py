@@ -7,8 +7,6 @@ that the guest itself rang.
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ import pytest
 
 from kickcall.attached import attach
 from kickcall.lab.boot import boot
+from kickcall.lab.faults_target import stopped
 from kickcall.lab.spec import MachineSpec, OtherDevice
 from kickcall.model import BackendKind, Layout
 from kickcall.vmm.notifiers import QueueArray, find_arrays
@@ -26,7 +25,6 @@ from witness import (
     interrupt_line,
     interrupts,
     own_io,
-    process_state,
     raised_by,
     undisturbed,
     until,
@@ -174,17 +172,13 @@ def test_each_kick_notifier_of_a_direct_device_is_the_one_that_the_guest_rings(
     for cpu in (0, 1):
         command = own_io(zoo, "direct0", cpu)
         before = eventfd_counts(zoo.pid)
-        os.kill(backend, signal.SIGSTOP)
-        try:
-            until(lambda: process_state(backend) == {"T"}, "the back-end stands still")
+        with stopped(backend):
             reader = zoo.guest.start(command)
             mine = kicks[cpu]
             assert mine is not None
             until(partial(kicked, zoo.pid, mine.fd), "the guest rings its doorbell")
             now = eventfd_counts(zoo.pid)
             assert [fd for fd in mapped if now[fd] != before[fd]] == [mine.fd]
-        finally:
-            os.kill(backend, signal.SIGCONT)
         assert reader.wait().status == 0
 
 

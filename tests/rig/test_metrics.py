@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import sqlite3
 import subprocess
 import threading
@@ -28,14 +27,12 @@ from kickcall.lab.qtest import boot_without_guest
 from kickcall.lab.spec import MachineSpec, VirtioBlk
 from kickcall.watch.policy import Rules
 from markdown_pages import ROOT
-from watcher import PATIENCE_S, Watcher, disks
-from witness import until
+from watcher import PATIENCE_S, Watcher, disks, lose_a_kick
+from witness import held_monitor, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    from kickcall.lab.machine import LabMachine
 
 pytestmark = pytest.mark.rig
 
@@ -137,14 +134,6 @@ def journal_is_down(url: str) -> bool:
     return not now.last("kickcall_journal_up")
 
 
-@contextlib.contextmanager
-def held_monitor(machine: LabMachine) -> Iterator[None]:
-    """Hold a machine's monitor, before anybody else may have asked it."""
-    with socket.socket(socket.AF_UNIX) as holder:
-        holder.connect(str(machine.qmp_path))
-        yield
-
-
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """A watcher's run, recorded."""
@@ -155,7 +144,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     held = MachineSpec(name=f"{name}-held", devices=(VirtioBlk(),), lab_monitor=False)
     with (
         boot_without_guest(held) as other,
-        held_monitor(other),
+        held_monitor(other.qmp_path),  # before anybody else may have asked it
         disks(name) as (_, disk),
         contextlib.closing(
             Watcher(name, f"{name}-held", "--heal", "--metrics", "0", "--journal", str(journal))
@@ -167,8 +156,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
         with scraping(url, recorded) as ended:
             scraped(recorded, 10)
             ended("all is well")
-            disk.queues[0].publish_request()
-            disk.queues[0].set_used_event(1)  # type: ignore[union-attr]
+            lose_a_kick(disk, 0)
             watcher.wait_for("helped")
             scraped(recorded, 6)
             ended("healed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,15 @@ from kickcall.host.processes import Process
 from kickcall.lab.boot import boot
 from kickcall.lab.spec import MachineSpec, OtherDevice
 from kickcall.model import Via
-from witness import STOP_IO, StoppedMainThread, kernel_complaints, never, until
+from witness import (
+    STOP_IO,
+    StoppedMainThread,
+    counted_after,
+    kernel_complaints,
+    never,
+    nvme_interrupts,
+    until,
+)
 from zoo import QEMUS
 
 if TYPE_CHECKING:
@@ -68,17 +77,6 @@ def attached(machine: LabMachine) -> Iterator[AttachedMachine]:
         yield one
 
 
-def interrupts(machine: LabMachine) -> Counter[str]:
-    """Return how often the guest took the interrupt of each queue, as `nvme0q1`."""
-    listing = machine.guest.run("grep nvme /proc/interrupts").output
-    return Counter(
-        {
-            line.split()[-1]: sum(int(word) for word in line.split()[1:] if word.isdigit())
-            for line in listing.splitlines()
-        }
-    )
-
-
 def looked_at(machine: LabMachine, since: int) -> list[int]:
     """Return whose tail QEMU took from its shadow doorbell, by the log from `since` on."""
     text = (machine.folder / "qemu.log").read_bytes()[since:].decode(errors="replace")
@@ -102,10 +100,10 @@ def test_every_queue_of_the_driver_is_known(attached: AttachedMachine) -> None:
 def test_a_call_is_the_interrupt_of_that_completion_queue(
     machine: LabMachine, attached: AttachedMachine, name: str, number: int
 ) -> None:
-    before = interrupts(machine)
+    before = nvme_interrupts(machine)
     result = attached.pci_device(name).call(number, allow_pause=True)
-    until(lambda: interrupts(machine) != before, "the guest takes the interrupt")
-    assert interrupts(machine) - before == Counter({f"{name}q{number}": 1})
+    after = counted_after(partial(nvme_interrupts, machine), before)
+    assert after - before == Counter({f"{name}q{number}": 1})
     assert result.via is Via.MMIO
     assert is_as_before(machine)
 

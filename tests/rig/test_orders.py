@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kickcall.lab.process import thread_states
 from kickcall.lab.qtest_virtio import SplitQueue
 from watcher import PATIENCE_S, Watcher, disks
-from witness import process_state, until
+from witness import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,7 +111,7 @@ def test_a_loop_that_hangs_is_silent(tmp_path: Path, manager: socket.socket) -> 
     with contextlib.closing(watching) as watcher:
         wait_for(manager, b"WATCHDOG=1")
         watcher.process.send_signal(signal.SIGSTOP)
-        until(lambda: process_state(watcher.process.pid) == {"T"}, "the watcher stands still")
+        until(lambda: thread_states(watcher.process.pid) == {"T"}, "the watcher stands still")
         manager.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:

@@ -15,7 +15,7 @@ import pytest
 import kickcall
 from kickcall.lab.spec import MachineSpec, VirtioBlk
 from kickcall.vmm.served import served_monitor
-from witness import until, within
+from witness import counted_after, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -79,8 +79,7 @@ def test_a_call_raises_the_queues_interrupt_by_one(machine: LabMachine, served: 
     for queue in (0, 1):
         before = machine.interrupts("blk0")
         assert ask(served, event("call", queue)) == [{"return": {}, "id": queue}]
-        until(lambda: machine.interrupts("blk0") != before, "the interrupt")  # noqa: B023
-        after = machine.interrupts("blk0")
+        after = counted_after(lambda: machine.interrupts("blk0"), before)
         assert {key: after[key] - before[key] for key in after if key != "config"} == {
             f"req.{queue}": 1,
             f"req.{1 - queue}": 0,
@@ -115,8 +114,7 @@ def test_after_a_reboot_the_map_is_made_anew(machine: LabMachine, served: str) -
     machine.guest.reboot()
     before = machine.interrupts("blk0")["req.0"]
     assert ask(served, event("call", 0)) == [{"return": {}, "id": 0}]
-    until(lambda: machine.interrupts("blk0")["req.0"] != before, "the interrupt")
-    assert machine.interrupts("blk0")["req.0"] == before + 1
+    assert counted_after(lambda: machine.interrupts("blk0")["req.0"], before) == before + 1
 
 
 def test_a_device_that_was_plugged_in_later_is_found(machine: LabMachine, served: str) -> None:

@@ -16,7 +16,7 @@ from kickcall.lab.qtest import Qtest, boot_without_guest
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk, VirtioNet, VirtioScsi
 from kickcall.model import DeviceEvent
 from kickcall.vmm.sampler import Sampler
-from witness import until
+from witness import look_over, until
 from zoo import QEMUS
 
 if TYPE_CHECKING:
@@ -70,12 +70,8 @@ def machine(request: pytest.FixtureRequest, guest_image_built: object) -> Iterat
         kernel_arguments="ipv6.disable=1",
     )
     with boot(spec) as booted:
-        # The guest looks SCSI disks over in the background, and until then nobody may open them.
-        read = " && ".join(
-            f"dd if={booted.disk(name)} of=/dev/null bs=4k count=1 iflag=direct"
-            for name in ("scsi0", "scsipk0")
-        )
-        until(lambda: booted.guest.run(read).status == 0, "the SCSI disks can be read")
+        for name in ("scsi0", "scsipk0"):
+            look_over(booted, name)
         yield booted
 
 

@@ -21,6 +21,7 @@ from kickcall.errors import (
     StaleMapError,
 )
 from kickcall.lab.boot import boot
+from kickcall.lab.guest import reboot_command
 from kickcall.lab.qtest import Qtest, boot_without_guest
 from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk, VirtioScsi
 from kickcall.model import DeviceEvent
@@ -30,6 +31,7 @@ from witness import (
     interrupt_line,
     interrupts,
     interrupts_after,
+    look_over,
     own_io,
     rise,
     until,
@@ -147,12 +149,6 @@ def rebind(machine: LabMachine, name: str, *verbs: str) -> None:
         + " && ".join(f"echo $name >$(cat /run/{name}-driver)/{verb}" for verb in verbs)
     )
     assert status == 0, output
-
-
-def look_over(machine: LabMachine, device: str) -> None:
-    """Return when the guest has looked a new disk over: until then nobody else may open it."""
-    read = f"dd if={machine.disk(device)} of=/dev/null bs=4k count=1 iflag=direct"
-    until(lambda: machine.guest.run(read).status == 0, f"the disk of {device} can be read")
 
 
 def reset_drivers(machine: LabMachine) -> None:
@@ -338,9 +334,8 @@ def test_kicks_and_calls_all_through_a_reboot_harm_nothing(machine: LabMachine) 
     refused: set[type[KickcallError]] = set()
     done = 0
     with attach(machine.name) as attached:
-        # Not before it has said that it will: else it is told again, and by then it is another.
-        same = f"grep -q {boot_id} /proc/sys/kernel/random/boot_id"
-        machine.guest.start(f"sleep 0.2; {same} && reboot -f")
+        # Not before it has said that it will.
+        machine.guest.start(f"sleep 0.2; {reboot_command(boot_id)}")
         ends = time.monotonic() + within(20)
         while time.monotonic() < ends:
             for name in DEVICES:
@@ -376,7 +371,6 @@ def test_kicks_and_calls_all_through_a_reboot_harm_nothing(machine: LabMachine) 
 def test_a_machine_that_was_killed_is_gone(qemu: str) -> None:
     spec = MachineSpec(qemu=qemu, devices=(VirtioBlk(id="blk0", queues=2),))
     with boot_without_guest(spec) as killed:
-        until((killed.folder / "qtest").is_socket, "QEMU's qtest socket is there")
         with Qtest(killed) as qtest:
             qtest.device("blk0").set_up()
         with attach(killed.name) as attached:

@@ -27,7 +27,7 @@ from kickcall.lab.spec import MachineSpec, VhostUserBlk, VirtioBlk
 from kickcall.watch.journal import Journal
 from kickcall.watch.policy import Rules
 from kickcall.watch.settings import Settings
-from watcher import KICKCALL, PATIENCE_S, Watcher, disks
+from watcher import KICKCALL, PATIENCE_S, Watcher, disks, lose_a_kick
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,18 +66,6 @@ def journal_of(tmp_path: Path) -> Journal:
 def written(tmp_path: Path) -> list[InjectionRow]:
     """Return what was injected. One that was put down and refused (a slow disk) was not."""
     return [row for row in journal_of(tmp_path).injections() if row.outcome != "refused"]
-
-
-def lose_a_kick(disk: VirtioPciDriver, queue: int) -> None:
-    """Publish a request, and do not kick.
-
-    Of its completion no call is wanted: the test may be late to take it, and what a driver does
-    not take looks like a lost call.
-    """
-    ring = disk.queues[queue]
-    assert isinstance(ring, SplitQueue)
-    ring.publish_request()
-    ring.set_used_event(ring.avail_idx)
 
 
 def completed(disk: VirtioPciDriver, queue: int) -> int:

@@ -177,7 +177,7 @@ def test_a_struct_in_itself_ends() -> None:
     assert Types(blob.done()).struct("loop").find("x") is None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_damage_ends_in_an_answer_or_one_clear_line(data: st.DataObject) -> None:
     whole = bytearray(eventfd_like()[0].done())

@@ -43,7 +43,7 @@ def test_without_a_loss_no_stall_and_with_one_the_right_hop(
     record_property("cases_per_s", round(len(mine) / took))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(st.randoms(use_true_random=False), st.sampled_from(("", *FAULTS)))
 def test_no_schedule_that_hypothesis_finds_misleads_the_judge(
     rng: random.Random, fault: str

@@ -112,7 +112,7 @@ def test_the_layout_is_derived_from_any_queue(shape: Shape, queue: int) -> None:
     assert Image(shape).derive(queue) == [(expected(shape), ARRAY)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_layout_that_no_qemu_has_is_derived_as_well(data: st.DataObject) -> None:
     desc = data.draw(st.sampled_from([16, 24, 32, 40, 48, 56, 64]), "desc")

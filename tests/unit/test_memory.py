@@ -128,7 +128,7 @@ def test_an_empty_range_is_read_as_nothing(area: Area) -> None:
     assert memory.read_many(ME, [(area.start, 0)]) == [b""]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_mix_of_ranges_gives_each_its_own_bytes(data: st.DataObject) -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

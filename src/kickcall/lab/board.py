@@ -35,6 +35,7 @@ class Board:
     def kernel_words(self, *, kvm: bool) -> str:
         """Return what the kernel's command line has to say on this board."""
         words = [f"console={self.console}", f"lab.agent={self.agent}", self.kernel_arguments]
+        words.append("quiet panic=-1 tsc=reliable")
         if self.architecture == "amd64" and not kvm:
             # Linux panics where its clock did not tick for 60 ms, as where this host is busy
             # (arch/x86/kernel/apic/io_apic.c, timer_irq_works). Under KVM it does not look.

@@ -60,8 +60,7 @@ def guest_arguments(spec: MachineSpec, folder: str, image: GuestImage, *, kvm: b
         *("-cpu", "host" if kvm else board.cpu),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
         "-append",
-        f"{board.kernel_words(kvm=kvm)} quiet panic=-1 tsc=reliable"
-        f"{addresses} {spec.kernel_arguments}".strip(),
+        f"{board.kernel_words(kvm=kvm)}{addresses} {spec.kernel_arguments}".strip(),
         *("-chardev", f"file,id=lab-console,path={folder}/console.log,append=on"),
         *("-serial", "chardev:lab-console"),
         *("-chardev", f"socket,id=lab-agent,path={folder}/agent,server=on,wait=off"),

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from kickcall.attached import attach
@@ -15,6 +14,7 @@ from kickcall.errors import LabError
 from kickcall.host.eventfds import read_eventfd
 from kickcall.host.processes import Process
 from kickcall.lab.guest_ram import RingFields
+from kickcall.lab.process import thread_states
 from kickcall.lab.ptrace import HeldThread
 from kickcall.lab.registers import Registers
 from kickcall.lab.spec import VhostUserBlk, VirtioBlk, VirtioNet, VirtioScsi
@@ -340,7 +340,7 @@ def stopped(pid: int) -> Iterator[None]:
     os.kill(pid, signal.SIGSTOP)
     try:
         deadline = time.monotonic() + _PATIENCE
-        while any(_thread_state(thread) != "T" for thread in Path(f"/proc/{pid}/task").iterdir()):
+        while thread_states(pid) - {"T"}:
             if time.monotonic() > deadline:
                 raise LabError(f"process {pid} does not stop")
             time.sleep(0.001)
@@ -348,10 +348,6 @@ def stopped(pid: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-
-
-def _thread_state(thread: Path) -> str:
-    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def _present(notifier: Notifier | None, otherwise: str) -> Notifier:

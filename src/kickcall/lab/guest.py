@@ -100,6 +100,14 @@ class Command:
         self._guest.exchange("kill", self.id)
 
 
+def reboot_command(boot_id: str) -> str:
+    """Return the shell command that reboots the guest out of that boot, and out of no later one.
+
+    A guest may be gone before it says that it will be, and is then told again.
+    """
+    return f"grep -q {boot_id} /proc/sys/kernel/random/boot_id && reboot -f"
+
+
 class Guest:
     """A guest's agent. Safe to use from several threads and processes at once."""
 
@@ -128,8 +136,7 @@ class Guest:
     def reboot(self, timeout: float = 60.0) -> None:
         """Reboot the guest and return when it is up again."""
         before = self.boot_id()
-        # The guest may be gone before it says so, and is then told again: by then it is another.
-        self.start(f"grep -q {before} /proc/sys/kernel/random/boot_id && reboot -f")
+        self.start(reboot_command(before))
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             with contextlib.suppress(LabError):

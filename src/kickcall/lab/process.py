@@ -105,6 +105,15 @@ def end(processes: Sequence[LabProcess], timeout: float = 10.0) -> None:
             os.close(pidfd)
 
 
+def thread_states(pid: int) -> set[str]:
+    """Return the states of all threads of a process, as `T` for stopped (proc(5))."""
+    states = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it ended since it was listed
+            states.add((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return states
+
+
 def listens(path: Path) -> bool:
     """Tell whether somebody listens at a socket, which is there a moment before that.
 
