@@ -83,6 +83,32 @@ def test_each_signal_is_counted_for_its_eventfd_and_its_thread(
 
 
 @WAYS
+def test_threads_that_signal_at_once_lose_no_signal(
+    way: Way, eventfd: Callable[[], tuple[int, int]]
+) -> None:
+    fds = [eventfd() for _ in range(8)]
+    begin = threading.Barrier(4)
+    tids = []
+
+    def signal() -> None:
+        tids.append(threading.get_native_id())
+        begin.wait()
+        for fd, _ in fds * 500:
+            os.eventfd_write(fd, 1)
+
+    with way([number for _, number in fds], 4) as counter:
+        threads = [threading.Thread(target=signal) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        _, by_write, dropped = counter.counts()
+    assert by_thread(by_write) == {(number, tid): 500 for _, number in fds for tid in tids}
+    assert dropped == 0
+    assert len(by_write) == len(fds) * len(tids)
+
+
+@WAYS
 def test_eventfds_that_come_later_are_counted_from_then_on(
     way: Way, eventfd: Callable[[], tuple[int, int]]
 ) -> None:

@@ -342,6 +342,18 @@ def test_a_machine_that_is_mapped_anew_is_counted_on(
     assert {one: count.eventfd_id for one, count in counts.items()} != ids
 
 
+def test_new_notifiers_that_cannot_be_counted_are_told(
+    kvm_zoo: LabMachine, attached: AttachedMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with attached.record("iot0") as recording:
+        kvm_zoo.qmp("stop")
+        kvm_zoo.qmp("cont")
+        monkeypatch.setattr(BpfCounter, "add", refused)
+        (said,) = recording.follow()
+        assert said.startswith("iot0: new notifiers, and they cannot be counted: ")
+        assert recording.follow() == ()
+
+
 def test_a_look_at_the_counts_is_cheap(kvm_zoo: LabMachine, attached: AttachedMachine) -> None:
     with attached.record() as recording:
         do(kvm_zoo, requests(kvm_zoo, "vscsi0", 20))

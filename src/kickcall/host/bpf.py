@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import platform
 import struct
@@ -23,16 +24,16 @@ _SYSCALL: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280}
 """syscall_64.tbl, asm-generic/unistd.h."""
 
 # enum bpf_cmd
-_MAP_CREATE, _MAP_UPDATE_ELEM, _PROG_LOAD = 0, 2, 5
+_MAP_CREATE, _PROG_LOAD = 0, 5
 _OBJ_GET_INFO_BY_FD, _RAW_TRACEPOINT_OPEN, _MAP_LOOKUP_BATCH = 15, 17, 24
-_MAP_TYPE_HASH: Final = 1
+_MAP_TYPE_HASH, _MAP_TYPE_ARRAY = 1, 2
+_F_MMAPABLE: Final = 1 << 10
 _PROG_TYPE_TRACING: Final = 26
 _TRACE_FENTRY: Final = 24
 _LOG_BYTES: Final = 1 << 16
 
 # The parts of union bpf_attr that these commands read.
 _MAP: Final = struct.Struct("=5I8x16s")
-_ELEMENT: Final = struct.Struct("=I4xQQQ")
 _PROGRAM: Final = struct.Struct("=IIQQIIQ8x16s4xI36xI4x")
 _BATCH: Final = struct.Struct("=QQQQIIQQ")
 _INFO: Final = struct.Struct("=IIQ")
@@ -53,12 +54,6 @@ class Map:
     def __init__(self, key: int, value: int, most: int) -> None:
         self.key, self.value, self.most = key, value, most
         self.fd = _bpf(_MAP_CREATE, _MAP.pack(_MAP_TYPE_HASH, key, value, most, 0, _NAME), "a map")
-
-    def update(self, key: bytes, value: bytes) -> None:
-        """Set the value of a key."""
-        ours, new = ctypes.create_string_buffer(key), ctypes.create_string_buffer(value)
-        where = ctypes.addressof(ours), ctypes.addressof(new)
-        _bpf(_MAP_UPDATE_ELEM, _ELEMENT.pack(self.fd, *where, 0), "a map's element")
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield all keys with their values; those that come meanwhile may be missing."""
@@ -88,6 +83,25 @@ class Map:
 
     def close(self) -> None:
         """Let go of it."""
+        os.close(self.fd)
+
+
+class Area:
+    """Memory that programs in the kernel and this process share (Linux 5.5): zeroes at first."""
+
+    def __init__(self, size: int) -> None:
+        self.fd = _bpf(
+            _MAP_CREATE, _MAP.pack(_MAP_TYPE_ARRAY, 4, size, 1, _F_MMAPABLE, _NAME), "a map"
+        )
+        try:
+            self.memory = mmap.mmap(self.fd, size)
+        except OSError as exc:
+            os.close(self.fd)
+            raise KernelViewError(f"a map cannot be mapped: {exc.strerror}") from exc
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.memory.close()
         os.close(self.fd)
 
 
@@ -184,6 +198,10 @@ class Program:
         """Add register `value` to the 8 bytes there."""
         self._add(0xDB, at, value, offset)
 
+    def swap_if_r0(self, at: int, offset: int, value: int) -> None:
+        """If the 8 bytes there are R0, let them be `value`; R0 is what they were (Linux 5.12)."""
+        self._add(0xDB, at, value, offset, 0xF1)
+
     def copy(self, into: int, value: int) -> None:
         """Let a register be another one."""
         self._add(0xBF, into, value)
@@ -196,6 +214,19 @@ class Program:
         """Add a number to a register."""
         self._add(0x07, into, imm=number)
 
+    def add_register(self, into: int, value: int) -> None:
+        """Add a register to another one."""
+        self._add(0x0F, into, value)
+
+    def shift(self, into: int, bits: int) -> None:
+        """Shift a register's bits to the left; to the right if `bits` is negative."""
+        self._add(0x67 if bits > 0 else 0x77, into, imm=abs(bits))
+
+    def set_area(self, into: int, fd: int) -> None:
+        """Let a register be where the area of this descriptor begins."""
+        self._add(0x18, into, 2, imm=fd)  # BPF_PSEUDO_MAP_VALUE
+        self._add(0)
+
     def set_map(self, into: int, fd: int) -> None:
         """Let a register be the map of this descriptor."""
         self._add(0x18, into, 1, imm=fd)  # BPF_PSEUDO_MAP_FD
@@ -205,13 +236,21 @@ class Program:
         """Call a helper: R1 to R5 are gone then, and R0 is what it returns."""
         self._add(0x85, imm=helper)
 
-    def jump_if_zero(self, value: int, label: str) -> None:
-        """Go on at `label` if a register is 0."""
-        self._add(0x15, value, 0, label)
+    def jump_if(self, value: int, number: int, label: str) -> None:
+        """Go on at `label` if a register is that number."""
+        self._add(0x15, value, 0, label, number)
 
-    def jump_unless_zero(self, value: int, label: str) -> None:
-        """Go on at `label` if a register is not 0."""
-        self._add(0x55, value, 0, label)
+    def jump_unless(self, value: int, number: int, label: str) -> None:
+        """Go on at `label` if a register is not that number."""
+        self._add(0x55, value, 0, label, number)
+
+    def jump_if_at_least(self, value: int, number: int, label: str) -> None:
+        """Go on at `label` if a register, taken as unsigned, is that number or more."""
+        self._add(0x35, value, 0, label, number)
+
+    def jump_if_same(self, one: int, other: int, label: str) -> None:
+        """Go on at `label` if two registers are equal."""
+        self._add(0x1D, one, other, label)
 
     def label(self, name: str) -> None:
         """Let `name` be the place of the next instruction."""

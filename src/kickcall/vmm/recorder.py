@@ -192,8 +192,13 @@ class Recording:
             self._missing.difference_update(found)
             self._forget_earlier(new)
             self._take(new)
-            self._trace.add(one.eventfd_id for one in new)
-            said.append(f"{_devices(one.which for one in new)}: new notifiers, counted from now on")
+            what = f"{_devices(one.which for one in new)}: new notifiers"
+            try:
+                self._trace.add(one.eventfd_id for one in new)
+            except KickcallError as exc:
+                said.append(f"{what}, and they cannot be counted: {exc}")
+            else:
+                said.append(f"{what}, counted from now on")
         if self._missing:
             said.append(f"{_devices(self._missing)}: some notifiers are gone")
         return tuple(said)
