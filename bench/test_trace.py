@@ -49,7 +49,7 @@ DEVICES = MachineSpec(
         VirtioBlk(id="iot0", iothread=True, size_mib=1 << 16),
     )
 )
-"""Large disks: a reader that is at the end begins anew, and that takes a guest under TCG 30 ms."""
+"""Large disks: a reader that is at the end begins anew, and to begin a process takes its time."""
 
 pytestmark = [
     pytest.mark.skipif(

@@ -14,6 +14,7 @@ from kickcall.errors import LabError
 from kickcall.lab import process
 from kickcall.lab.boot import boot
 from kickcall.lab.machine import LabMachine, lab_folder, machines
+from kickcall.lab.qemu import Qemu, find_qemu
 from kickcall.lab.spec import MachineSpec, OtherDevice, VhostUserBlk, VirtioBlk, VirtioNet
 
 if TYPE_CHECKING:
@@ -162,6 +163,29 @@ def test_a_qemu_that_ends_at_once_is_quoted_and_leaves_nothing() -> None:
     with pytest.raises(LabError, match="'no-such-device' is not a valid device model name"):
         boot(MachineSpec(name="broken", devices=(OtherDevice(driver="no-such-device"),)))
     assert not (lab_folder() / "broken").exists()
+
+
+def test_a_qemu_that_ends_of_a_bug_of_its_own_is_started_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = (
+        "qemu-system-x86_64: system/physmem.c:2671: iotlb_to_section: "
+        "Assertion `section_index < d->map.sections_nb' failed."
+    )
+    ending = Qemu((sys.executable, "-c", f"raise SystemExit({words!r})"))
+    to_come = [ending]
+    monkeypatch.setattr(
+        "kickcall.lab.boot.find_qemu",
+        lambda *asked: to_come.pop() if to_come else find_qemu(*asked),
+    )
+    with boot(MachineSpec(name="lab-bug")) as machine:
+        assert not to_come
+        assert machine.guest.run("true").status == 0
+    to_come += [ending, ending]
+    with pytest.raises(LabError, match="iotlb_to_section"):
+        boot(MachineSpec(name="lab-bug"))
+    assert not to_come
+    assert not (lab_folder() / "lab-bug").exists()
 
 
 def test_a_link_to_a_root_that_was_deleted_is_swept_up(tmp_path: Path) -> None:
