@@ -110,7 +110,8 @@ def test_reads_with_the_recorder_on(
     pairs: list[tuple[float, float]] = []
     with reading(kvm_machine, device, load), kickcall.attach(kvm_machine.pid) as machine:
         with machine.record() as recording:
-            ids = {one.eventfd_id for one in recording.counts().values() if one.eventfd_id}
+            found = (one.eventfd_id for one in recording.counts().values())
+            ids = {one for one in found if one is not None}
         queue = machine.device(device).queues()[-1]
         seconds_a_read(queue)
         for number in range(PAIRS):

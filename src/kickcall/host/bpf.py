@@ -94,14 +94,17 @@ class Area:
             _MAP_CREATE, _MAP.pack(_MAP_TYPE_ARRAY, 4, size, 1, _F_MMAPABLE, _NAME), "a map"
         )
         try:
-            self.memory = mmap.mmap(self.fd, size)
+            self._memory = mmap.mmap(self.fd, size)
         except OSError as exc:
             os.close(self.fd)
             raise KernelViewError(f"a map cannot be mapped: {exc.strerror}") from exc
+        self.words = memoryview(self._memory).cast("Q")
+        """All of it, in words of 8 bytes as the kernel writes them: no value is ever torn."""
 
     def close(self) -> None:
         """Let go of it."""
-        self.memory.close()
+        self.words.release()
+        self._memory.close()
         os.close(self.fd)
 
 
@@ -224,12 +227,14 @@ class Program:
 
     def set_area(self, into: int, fd: int) -> None:
         """Let a register be where the area of this descriptor begins."""
-        self._add(0x18, into, 2, imm=fd)  # BPF_PSEUDO_MAP_VALUE
-        self._add(0)
+        self._set_wide(into, 2, fd)  # BPF_PSEUDO_MAP_VALUE
 
     def set_map(self, into: int, fd: int) -> None:
         """Let a register be the map of this descriptor."""
-        self._add(0x18, into, 1, imm=fd)  # BPF_PSEUDO_MAP_FD
+        self._set_wide(into, 1, fd)  # BPF_PSEUDO_MAP_FD
+
+    def _set_wide(self, into: int, kind: int, fd: int) -> None:
+        self._add(0x18, into, kind, imm=fd)
         self._add(0)
 
     def call(self, helper: int) -> None:

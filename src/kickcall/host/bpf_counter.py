@@ -124,36 +124,32 @@ class _Table:
             code = counting(sites, site, self._slots.fd, slots, self._others.fd)
             self._attached = Attached(code, number)
             stack.callback(self._attached.close)
-            # Words, as the kernel writes them: a count is never half of one and half of the next.
-            self._words = memoryview(self._slots.memory).cast("Q")
-            stack.callback(self._words.release)
             self._all = stack.pop_all()
 
     def want(self, ids: set[int]) -> None:
         for one in ids - self._ids:
-            self._words[(one << _SLOT_BITS) // 8] = _NOBODY
+            self._slot(one)[0] = _NOBODY
         self._ids |= ids
 
     def hits(self) -> Iterator[Hits]:
         for one in self._ids:
-            at = (one << _SLOT_BITS) + _COUNT_AT
-            total = self._word(at)
+            slot = self._slot(one)
+            first, total, last = slot[:3]
             if total:
-                comm = self._slots.memory[at + _COMM_AT : at + _COMM_AT + 16]
-                last = self._word(at + _LAST_AT)
-                tid = self._word(one << _SLOT_BITS) >> 32
-                yield Hits(one, tid, thread_name(comm), total, last)
+                yield Hits(one, first >> 32, thread_name(slot[3:5].tobytes()), total, last)
         for key, count in self._others.items():
             total, last, comm = _COUNT.unpack(count)
             eventfd_id, tid = _KEY.unpack(key)
             yield Hits(eventfd_id, tid, thread_name(comm), total, last)
 
     def dropped(self, missed_at: int) -> int:
-        without_room = sum(self._word((one << _SLOT_BITS) + _DROPPED_AT) for one in self._ids)
+        without_room = sum(self._slot(one)[_DROPPED_AT // 8] for one in self._ids)
         return without_room + self._attached.missed(missed_at)
 
-    def _word(self, at: int) -> int:
-        return self._words[at // 8]
+    def _slot(self, eventfd_id: int) -> memoryview[int]:
+        """Return the words of an eventfd's slot."""
+        at = (eventfd_id << _SLOT_BITS) // 8
+        return self._slots.words[at : at + (1 << _SLOT_BITS) // 8]
 
     def close(self) -> None:
         self._all.close()

@@ -61,16 +61,19 @@ def boot(
     when the main thread that booted it ends, or at the latest when the next machine is booted.
     Raises LabError with QEMU's last words if QEMU ends or the guest does not come up.
     """
+    once = partial(_boot, spec, outlives=outlives, wait=wait, timeout=timeout, tell=tell)
     try:
-        return _boot(spec, outlives, wait, timeout, tell)
+        return once()
     except LabError as exc:
         if _QEMU_BUG not in str(exc):
             raise
         tell(f"booting anew, as QEMU has a bug: {exc}")
-        return _boot(spec, outlives, wait, timeout, tell)
+        return once()
 
 
-def _boot(spec: MachineSpec, outlives: bool, wait: bool, timeout: float, tell: Tell) -> LabMachine:
+def _boot(
+    spec: MachineSpec, *, outlives: bool, wait: bool, timeout: float, tell: Tell
+) -> LabMachine:
     board = BOARDS[spec.board]
     qemu = find_qemu(spec.qemu, tell, board)
     machine = prepare(spec, qemu, outlives=outlives)
