@@ -122,6 +122,28 @@ def know_each_other(machine: LabMachine, device: str) -> None:
         fcntl.ioctl(any_socket, _SIOCSARP, request)
 
 
+_ON_ONE_PROCESSOR = """
+for irq in $(ls /sys/bus/pci/devices/{address}/msi_irqs); do
+    for line in /proc/irq/$irq/virtio*put.*; do
+        [ -e "$line" ] || continue
+        printf %x $((1 << ${{line##*.}})) > /proc/irq/$irq/smp_affinity && echo ${{line#*-}}
+    done
+done
+"""
+
+
+def on_one_processor(machine: LabMachine, device: str) -> None:
+    """Let the guest take both interrupts of a network's queue pair on the processor of its number.
+
+    Linux may give each to another processor. One that is not scheduled then takes the calls for
+    many sent packets as one interrupt, while the other goes on with their answers.
+    """
+    queues = NOTIFIERS[device][2]
+    command = _ON_ONE_PROCESSOR.format(address=machine.address(device))
+    told = machine.guest.run(command).output.split()
+    assert sorted(told) == sorted(interrupt_lines(machine, device, one) for one in range(queues))
+
+
 def notifier_counts(attached: AttachedMachine) -> dict[int, int]:
     """Return the count of every queue's notifiers, by descriptor.
 

@@ -12,7 +12,7 @@ import pytest
 
 from kickcall.attached import attach
 from kickcall.lab.boot import boot
-from kvm_zoo import KVM_ZOO, NETS, know_each_other, missing
+from kvm_zoo import KVM_ZOO, NETS, know_each_other, missing, on_one_processor
 from witness import watch_queues
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def kvm_zoo(guest_image_built: GuestImage) -> Iterator[LabMachine]:
         watch_queues(machine)
         for net in NETS:
             know_each_other(machine, net)
+            on_one_processor(machine, net)
         yield machine
 
 
