@@ -20,6 +20,7 @@ from kickcall.lab.process import listens
 from kickcall.lab.qtest import boot_without_guest
 from kickcall.lab.spec import MachineSpec
 from kickcall.vmm.find import find, inspect
+from kickcall.watch.finder import Finder
 from small_qemu import qemu_binary, small_qemu
 from witness import until
 from zoo import QEMUS
@@ -229,6 +230,48 @@ def test_a_qemu_whose_binary_was_replaced_is_found(tmp_path: Path) -> None:
         assert seen(pid).name == "old"
         assert seen(pid).version == installed_version()
         attaches(pid)
+
+
+# Hides its arguments, and shows them again when it is told to: prctl(2), PR_SET_MM_MAP.
+_HIDING = """
+import ctypes, struct, sys
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = ctypes.c_void_p
+field = [0, 0, 0, *open("/proc/self/stat").read().rpartition(")")[2].split()]  # as proc(5) counts
+code, (stack,), data = field[26:28], field[28:29], field[45:48]
+arguments, environment = field[48:50], field[50:52]
+for shown in ((arguments[0], arguments[0]), arguments):
+    places = *code, *data, libc.sbrk(0), stack, *shown, *environment
+    wanted = struct.pack("=12QIi", *map(int, places), 0, 0, -1)
+    ended = libc.prctl(35, 14, wanted, ctypes.c_ulong(len(wanted)), ctypes.c_ulong(0))
+    print(ended, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_machine_in_the_midst_of_execve_is_found_when_it_has_its_arguments(
+    tmp_path: Path,
+) -> None:
+    binary = tmp_path / "qemu-system-x86_64"
+    shutil.copy(Path(sys.executable).resolve(), binary)
+    name = f"exec-{os.getpid()}"
+    finder = Finder([name])
+    with subprocess.Popen(
+        [binary, "-c", _HIDING, "-name", name],
+        env={**os.environ, "PYTHONHOME": sys.base_prefix},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        assert Path(f"/proc/{process.pid}/cmdline").read_bytes() == b""
+        assert inspect(process.pid) is None
+        assert finder.scan() == []
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "0\n"
+        assert [(machine.pid, machine.name) for machine in finder.scan()] == [(process.pid, name)]
 
 
 def test_what_only_calls_itself_qemu_is_none() -> None:

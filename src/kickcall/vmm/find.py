@@ -42,7 +42,11 @@ def find() -> list[Machine]:
 
 
 def inspect(pid: int) -> Machine | None:
-    """Return what /proc says of process `pid`, or None where it is no QEMU (or gone)."""
+    """Return what /proc says of process `pid`, or None where it is no QEMU (yet, or any more).
+
+    Within execve(2) it is QEMU's program already, and has no arguments yet (Linux, fs/binfmt_elf.c,
+    load_elf_binary: begin_new_exec comes before create_elf_tables).
+    """
     proc = Path(f"/proc/{pid}")
     binary = ""
     try:
@@ -54,14 +58,16 @@ def inspect(pid: int) -> Machine | None:
     if binary and not _BINARY.fullmatch(os.path.basename(binary)):
         return None
     try:
-        arguments = [
-            part.decode(errors="replace")
-            for part in (proc / "cmdline").read_bytes().removesuffix(b"\0").split(b"\0")
-        ]
+        raw = (proc / "cmdline").read_bytes()
     except OSError:
         return None
+    arguments = [part.decode(errors="replace") for part in raw.removesuffix(b"\0").split(b"\0")]
     started = start_time(pid)
-    if started is None or not _BINARY.fullmatch(os.path.basename(binary or arguments[0])):
+    if (
+        not raw
+        or started is None
+        or not _BINARY.fullmatch(os.path.basename(binary or arguments[0]))
+    ):
         return None
     said = cmdline.parse(arguments)
     monitors = tuple(address for spec in said.qmp if (address := _monitor(pid, spec)) is not None)
