@@ -26,10 +26,10 @@ import kickcall
 import witness
 from kickcall.errors import KickcallError, LabError
 from kickcall.lab.qtest import Qtest, boot_without_guest
-from kickcall.lab.qtest_virtio import SplitQueue
 from kickcall.lab.spec import MachineSpec, VirtioBlk
 from kickcall.watch.journal import Journal
-from watcher import PATIENCE_S, Watcher
+from kickcall.watch.settings import Settings
+from watcher import PATIENCE_S, Watcher, lose_a_kick, publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,31 +109,31 @@ def live(churn: Churn, name: str, rng: random.Random) -> None:
             action = rng.choice(ACTIONS)
             churn.count(action)
             if action == "lose" and known:
-                # Queue 0 never loses any.
+                # Queue 0 never loses any, but its driver may have to wait for a processor.
                 queue = rng.randrange(1, QUEUES)
                 ring = disk.queues[queue]
-                assert isinstance(ring, SplitQueue)
                 with churn.lock:
                     churn.lost.add((machine.pid, queue))
-                ring.publish_request()
+                lose_a_kick(disk, queue)
                 completed[queue] += 1
                 deadline = time.monotonic() + rng.choice([0.0] + [2.0 if seen else 0.3] * 3)
                 while time.monotonic() < deadline and ring.completed() < completed[queue]:
                     time.sleep(0.01)
                 if ring.completed() == completed[queue]:
                     churn.count("healed")
-                    ring.set_used_event(completed[queue])
                 else:
                     ring.kick()
                     break  # it may yet be healed, or not: the machine goes, or is reset
             elif action == "healthy":
                 ring = disk.queues[0]
-                assert isinstance(ring, SplitQueue)
-                ring.publish_request()
+                began = time.monotonic()
+                publish(disk, 0)
                 ring.kick()
+                if time.monotonic() - began >= Settings().limits.notification_s:
+                    with churn.lock:
+                        churn.lost.add((machine.pid, 0))
                 completed[0] += 1
                 ring.wait_completed(completed[0], timeout=PATIENCE_S)
-                ring.set_used_event(completed[0])
             elif action == "hold":
                 with contextlib.suppress(OSError):
                     holder = held.enter_context(socket.socket(socket.AF_UNIX))
