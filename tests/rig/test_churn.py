@@ -124,7 +124,7 @@ def live(churn: Churn, name: str, rng: random.Random) -> None:
                 else:
                     ring.kick()
                     break  # it may yet be healed, or not: the machine goes, or is reset
-            elif action == "healthy":
+            elif action == "healthy" and known:
                 ring = disk.queues[0]
                 began = time.monotonic()
                 publish(disk, 0)
