@@ -150,6 +150,23 @@ def test_a_driver_that_sleeps_with_its_calls_off_suppresses_them(
 @pytest.mark.parametrize(
     ("fixed", "sample"),
     [
+        pytest.param(blk(event_idx=False), split(11, 11, 11, avail_flags=1), id="off"),
+        pytest.param(blk(), split(11, 11, 11, avail_event=11, used_event=13), id="too late"),
+    ],
+)
+def test_a_busy_guest_that_has_its_calls_off_gets_a_slow_devices_time(
+    fixed: QueueFixed, sample: Sample
+) -> None:
+    """Till then it is no idle queue: whoever diagnoses it goes on looking."""
+    busy = replace(WELL, vcpu_threads=(thread(ThreadState.RUNNING),))
+    said = verdict(fixed, (4.0, sample), slow=busy)
+    assert says(said) == (V.PROGRESSING, 0)
+    assert says(verdict(fixed, (5.3, sample), slow=busy)) == (V.CALL_SUPPRESSED, 7)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "sample"),
+    [
         pytest.param(blk(), split(0, 0, 0, avail_event=0, used_event=0), id="event index"),
         pytest.param(blk(event_idx=False), split(0, 0, 0, avail_flags=1), id="flag"),
     ],

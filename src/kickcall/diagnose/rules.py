@@ -344,7 +344,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         VerdictKind.PROGRESSING,
         0,
-        lambda view: view.moved_lately or view.work_waits or view.call_was_owed,
+        lambda view: view.moved_lately or view.work_waits or view.drivers_turn,
         "The queue moves.",
         "",
         "Nothing.",

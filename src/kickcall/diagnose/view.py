@@ -121,7 +121,7 @@ class View:
         """Seconds for which whose turn it is has not moved; 0 where it is nobody's."""
         return max(
             self.device_still_s if self.work_waits else 0.0,
-            self.driver_still_s if self.call_was_owed else 0.0,
+            self.driver_still_s if self.drivers_turn else 0.0,
         )
 
     @property
@@ -432,6 +432,11 @@ class View:
     def calls_left_off(self) -> bool:
         """A driver that has an interrupt sleeps with its calls off."""
         return self.calls_off_at_rest and self.has_vector
+
+    @property
+    def drivers_turn(self) -> bool:
+        """The driver is to move: a call was owed to it, or it does not listen where it should."""
+        return self.call_was_owed or self.calls_left_off or self.call_asked_too_late
 
     @property
     def call_expected(self) -> bool:
