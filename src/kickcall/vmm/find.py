@@ -61,13 +61,11 @@ def inspect(pid: int) -> Machine | None:
         raw = (proc / "cmdline").read_bytes()
     except OSError:
         return None
+    if not raw:
+        return None
     arguments = [part.decode(errors="replace") for part in raw.removesuffix(b"\0").split(b"\0")]
     started = start_time(pid)
-    if (
-        not raw
-        or started is None
-        or not _BINARY.fullmatch(os.path.basename(binary or arguments[0]))
-    ):
+    if started is None or not _BINARY.fullmatch(os.path.basename(binary or arguments[0])):
         return None
     said = cmdline.parse(arguments)
     monitors = tuple(address for spec in said.qmp if (address := _monitor(pid, spec)) is not None)
